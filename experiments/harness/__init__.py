@@ -1,0 +1,1 @@
+"""What every experiment shares: run folder, stages, command line, claims, figures, report."""

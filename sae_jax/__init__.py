@@ -1,0 +1,1 @@
+"""Sparse dictionaries on the activations of `bert6_jax` transformers."""

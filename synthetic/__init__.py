@@ -1,0 +1,1 @@
+"""Worlds with known truth, so that the instruments can be scored and not only looked at."""

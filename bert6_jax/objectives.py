@@ -1,0 +1,100 @@
+"""Losses as sums and counts: `loss(params, batch, key) -> (sum, sums)`, divided once by whoever adds them up.
+
+A batch is a dict of arrays with leading axis B:
+
+    ids      [B, T] int32 token ids          segment  [B, T] int32, documents 1, 2, ... and padding 0
+    row      [B] int32, the row's number in the data (its random numbers depend on the key and on this alone)
+    valid    [B] bool, False for rows that only fill up the batch
+    position, type [B, T] int32, optional
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bert6_jax import transformer
+from bert6_jax.config import TransformerConfig
+from bert6_jax.masking import Corrupted, MaskingConfig, corrupt
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
+LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Sums]]
+
+
+def row_keys(key: jax.Array, row_B: jax.Array) -> jax.Array:
+    """One key a row, a function of the key and the row's number alone."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
+
+
+def cross_entropy(logits_XV: jax.Array, target_X: jax.Array) -> jax.Array:
+    """Negative log-likelihood of each target in nats, `[...]` float32."""
+    logits_XV = logits_XV.astype(jnp.float32)
+    at_target_X = jnp.take_along_axis(logits_XV, target_X[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_XV, axis=-1) - at_target_X
+
+
+def token_sums(logits_XV: jax.Array, target_X: jax.Array, valid_X: jax.Array) -> Sums:
+    """Sums over valid targets: `loss` (nats), `hits` of the argmax, `count`; float32 scalars."""
+    weight_X = valid_X.astype(jnp.float32)
+    hit_X = (jnp.argmax(logits_XV, axis=-1) == target_X).astype(jnp.float32)
+    return {
+        "loss": (cross_entropy(logits_XV, target_X) * weight_X).sum(),
+        "hits": (hit_X * weight_X).sum(),
+        "count": weight_X.sum(),
+    }
+
+
+def gather_slots(x_BTD: jax.Array, slot_BK: jax.Array) -> jax.Array:
+    """The residual stream at the prediction slots, `[B, K, D]`."""
+    return jnp.take_along_axis(x_BTD, slot_BK[:, :, None], axis=1)
+
+
+def forward_inputs(batch: Batch) -> dict[str, jax.Array | None]:
+    """The keyword arguments of `transformer.forward` that a batch may carry."""
+    return {f"{name}_BT": batch.get(name) for name in ("segment", "position", "type")}
+
+
+def masked_batch(batch: Batch, key: jax.Array, masking: MaskingConfig) -> tuple[Corrupted, jax.Array]:
+    """Corrupt a batch; rows that only fill it up have no valid slot. Returns the dropout keys of the rows too."""
+    keys_B = row_keys(key, batch["row"])
+    corrupted = corrupt(jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys_B), batch["ids"], masking)
+    valid_BK = corrupted.valid_BK & batch["valid"][:, None]
+    overflow_B = jnp.where(batch["valid"], corrupted.overflow_B, 0)
+    dropout_keys_B = jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys_B)
+    return corrupted._replace(valid_BK=valid_BK, overflow_B=overflow_B), dropout_keys_B
+
+
+def masked_lm(cfg: TransformerConfig, masking: MaskingConfig) -> LossFn:
+    """Masked-LM loss of BERT at the corrupted positions only; the head runs on the K slots of each row."""
+
+    def loss(params, batch, key):
+        corrupted, keys_B = masked_batch(batch, key, masking)
+        dropout = cfg.dropout > 0 or cfg.attention_dropout > 0
+        out_BTD, _ = transformer.forward(
+            params, corrupted.ids_BT, cfg, keys_B=keys_B if dropout else None, **forward_inputs(batch)
+        )
+        logits_BKV = transformer.head(params, gather_slots(out_BTD, corrupted.slot_BK), cfg)
+        sums = token_sums(logits_BKV, corrupted.target_BK, corrupted.valid_BK)
+        sums["overflow"] = corrupted.overflow_B.sum().astype(jnp.float32)
+        return sums["loss"], sums
+
+    return loss
+
+
+def next_token(cfg: TransformerConfig) -> LossFn:
+    """Next-token loss at every position whose successor belongs to the same segment."""
+
+    def loss(params, batch, key):
+        dropout = cfg.dropout > 0 or cfg.attention_dropout > 0
+        keys_B = row_keys(key, batch["row"]) if dropout else None
+        out_BTD, _ = transformer.forward(params, batch["ids"], cfg, keys_B=keys_B, **forward_inputs(batch))
+        segment_BT = batch.get("segment", jnp.ones_like(batch["ids"]))
+        valid_BT = (segment_BT[:, 1:] > 0) & (segment_BT[:, 1:] == segment_BT[:, :-1]) & batch["valid"][:, None]
+        sums = token_sums(transformer.head(params, out_BTD[:, :-1], cfg), batch["ids"][:, 1:], valid_BT)
+        return sums["loss"], sums
+
+    return loss

@@ -1,0 +1,76 @@
+"""Mesh, shardings and multi-process start: one step function for any number of devices.
+
+The mesh has two axes: `data` splits the rows of a batch, `model` the MLP, the heads and the vocabulary. Axis types are
+`Auto`, so `jit` chooses the collectives; one device is the mesh of size 1 x 1.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bert6_jax.errors import InputError
+
+
+def start() -> None:
+    """Join a multi-process run when the launcher announced one (`JAX_COORDINATOR_ADDRESS`); else do nothing."""
+    if os.environ.get("JAX_COORDINATOR_ADDRESS") and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+
+
+def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
+    """A (`data`, `model`) mesh; by default every device is on `data`."""
+    available = jax.device_count()
+    data = available // model if data is None else data
+    if data < 1 or data * model > available:
+        raise InputError(f"a {data} x {model} mesh needs {data * model} devices, {available} are there; ask for fewer")
+    devices = np.asarray(jax.devices()[: data * model]).reshape(data, model)
+    return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+# Where the `model` axis cuts, by the end of a parameter's path. Negative axes: blocks and banks may be stacked in front.
+_MODEL_AXIS = {
+    ("q", "kernel"): -1, ("k", "kernel"): -1, ("v", "kernel"): -1,
+    ("q", "bias"): -1, ("k", "bias"): -1, ("v", "bias"): -1,
+    ("attn", "out", "kernel"): -2,
+    ("mlp", "in", "kernel"): -1, ("mlp", "in", "bias"): -1, ("mlp", "out", "kernel"): -2,
+    ("embed", "token"): -2,
+}  # fmt: skip
+
+
+def state_shardings(tree, mesh: Mesh):
+    """Shardings of parameters, or of anything that carries them under the same names (optimiser moments)."""
+
+    def sharding(path, leaf):
+        names = tuple(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))) for entry in path)
+        for suffix, axis in _MODEL_AXIS.items():
+            if names[-len(suffix) :] == suffix and leaf.shape[axis] % mesh.shape["model"] == 0:
+                spec = [None] * leaf.ndim
+                spec[axis] = "model"
+                return NamedSharding(mesh, PartitionSpec(*spec))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def put_batches(batches, mesh: Mesh):
+    """Host arrays `[S, B, ...]` to the devices, rows (axis 1) split over `data`.
+
+    Every process passes the same global batches; each device receives its own rows.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+    rows = next(iter(jax.tree.leaves(batches))).shape[1]
+    if rows % mesh.shape["data"]:
+        raise InputError(
+            f"batch size {rows} does not divide over {mesh.shape['data']} devices; choose a multiple of that number"
+        )
+    if jax.process_count() == 1:
+        return jax.device_put(batches, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batches)

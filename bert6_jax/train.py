@@ -1,0 +1,345 @@
+"""One train loop for everything: language models, heads, dictionaries, toy models.
+
+A step is a pure function `step(state, batch) -> (state, metrics)`. `fit` runs it, several steps a dispatch if asked,
+over a mesh of any size, with checkpoints, snapshots, resume, preemption and a guard against NaN. Batches come from a
+pure function of the step number, so a resumed run sees what the uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.serialization import from_state_dict, to_state_dict
+
+from bert6_jax import checkpoint, parallel
+from bert6_jax.errors import InputError
+from bert6_jax.objectives import LossFn, Sums
+from bert6_jax.progress import Progress
+
+
+class Preempted(Exception):
+    """SIGTERM or SIGINT arrived; the state is saved and the same command goes on from there."""
+
+    def __init__(self, signum: int, step: int):
+        self.signum, self.step = signum, step
+        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}; the state is saved")
+
+
+class Diverged(InputError):
+    """The loss or the gradient is not finite."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run is made of; `key` is raw uint32 key data and never changes, steps fold their number in."""
+
+    step: jax.Array  # int32 scalar
+    params: Any
+    opt_state: Any
+    key: jax.Array  # uint32 [2]
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(key))
+
+
+# --- optimiser -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. The default is the recipe of arXiv 2507.14871: no warm-up, no clipping, decay on all.
+
+    `schedule`: `epoch_linear` lowers the rate once an epoch, lr (E - e) / E in epoch e; `epoch_linear_main_py` is the
+    same with epoch 0 at rate 0, as the authors' main.py does it; `warmup_linear` (ours) rises over `warmup` of the
+    steps and falls to zero, step by step; `constant`.
+    """
+
+    lr: float = 5e-5
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    schedule: str = "epoch_linear"
+    warmup: float = 0.1
+
+
+def learning_rate(cfg: OptimizerConfig, steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """The rate at each step (counted from 0) of a run of `steps` steps."""
+    if cfg.schedule == "constant":
+        return optax.constant_schedule(cfg.lr)
+    if cfg.schedule == "warmup_linear":
+        warmup = max(1, round(cfg.warmup * steps))
+        ramp = optax.linear_schedule(cfg.lr / warmup, cfg.lr, warmup - 1) if warmup > 1 else optax.constant_schedule(cfg.lr)
+        return optax.join_schedules([ramp, optax.linear_schedule(cfg.lr, 0.0, max(1, steps - warmup))], [warmup])
+    if cfg.schedule not in ("epoch_linear", "epoch_linear_main_py"):
+        raise InputError(
+            f"schedule is {cfg.schedule!r}; choose epoch_linear, epoch_linear_main_py, warmup_linear or constant"
+        )
+    epochs = -(-steps // steps_per_epoch)
+
+    def schedule(step):
+        epoch = jnp.minimum(step // steps_per_epoch, epochs - 1).astype(jnp.float32)
+        rate = cfg.lr * (epochs - epoch) / epochs
+        if cfg.schedule == "epoch_linear_main_py":
+            # one warm-up unit: epoch 0 at rate 0, then the decay over the epochs that are left
+            rate = jnp.where(epoch == 0, 0.0, cfg.lr * (epochs - epoch) / max(epochs - 1, 1))
+        return rate
+
+    return schedule
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
+    schedule = learning_rate(cfg, steps, steps_per_epoch)
+    return optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+GradFn = Callable[[Any, Any, jax.Array], tuple[Any, Sums]]
+
+
+def grad_of(loss_fn: LossFn) -> GradFn:
+    """Gradient of a summed loss: `(params, batch, key) -> (gradient of the sum, sums)`."""
+
+    def grads_and_sums(params, batch, key):
+        (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+        return grads, sums
+
+    return grads_and_sums
+
+
+def make_step(grad_fn: GradFn, tx: optax.GradientTransformation, axis_name: str | None = None):
+    """The pure step. Gradients and metrics are sums over examples, divided once by the global count.
+
+    Under `jit` over a mesh the sums are global as they stand; with `axis_name` the same step runs under `jax.pmap` or
+    `jax.shard_map`, which add them with `psum`. The metrics are the sums plus `grad_norm` (of the mean gradient).
+    """
+
+    def step(state: TrainState, batch) -> tuple[TrainState, Sums]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        grads, sums = grad_fn(state.params, batch, key)
+        if axis_name is not None:
+            grads, sums = jax.lax.psum((grads, sums), axis_name)
+        scale = 1.0 / jnp.maximum(sums["count"], 1.0)
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = sums | {"grad_norm": optax.global_norm(grads)}
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def many_steps(step):
+    """`(state, batches [S, ...], n) -> (state, metrics [S])`: the first n of S steps in one dispatch.
+
+    n is data, not shape: one compiled program serves every partition of a run into dispatches, so where a run is cut
+    (snapshots, checkpoints, a kill) cannot change its arithmetic.
+    """
+
+    def run(state, batches, n):
+        S = jax.tree.leaves(batches)[0].shape[0]
+
+        def at(i):
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
+
+        shapes = jax.eval_shape(step, state, at(0))[1]
+        metrics = jax.tree.map(lambda m: jnp.zeros((S, *m.shape), m.dtype), shapes)
+
+        def body(i, carry):
+            state, metrics = carry
+            state, now = step(state, at(i))
+            return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), metrics, now)
+
+        return jax.lax.fori_loop(0, n, body, (state, metrics))
+
+    return run
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def log_spaced(steps: int) -> tuple[int, ...]:
+    """0, 1, 2, 4, 8, ... and the last step."""
+    return (0, *(2**i for i in range(steps.bit_length()) if 2**i < steps), steps)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a run is cut. `dispatch` steps go to the device at once; a checkpoint every `checkpoint_every` steps."""
+
+    steps: int
+    dispatch: int = 1
+    checkpoint_every: int = 1_000
+    snapshots: tuple[int, ...] = ()  # steps after which `on_snapshot` is called (0: before the first)
+
+
+def fit(
+    step,
+    state: TrainState,
+    batch_at: Callable[[int], dict[str, np.ndarray]],
+    cfg: FitConfig,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    folder: str | Path | None = None,
+    description: dict[str, Any] | None = None,
+    on_start: Callable[[int], None] = lambda step: None,
+    on_metrics: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    on_snapshot: Callable[[int, Any], None] = lambda step, params: None,
+    label: str = "train",
+    tokens_per_step: int = 0,
+    flops_per_step: float = 0.0,
+    quiet: bool = False,
+) -> TrainState:
+    """Train from `state` (or from the newest checkpoint in `folder`) to `cfg.steps`; returns the final state.
+
+    `batch_at(step)` gives the host batch of a step, leading axis B. `on_start(step)` hears where the run begins,
+    `on_metrics(step, metrics)` every step's metrics in order (the means `loss` and `accuracy` in place of their sums),
+    one dispatch late; `on_snapshot(step, params)` gets the parameters at the snapshot steps. SIGTERM and SIGINT save
+    and raise `Preempted`; a loss that is not finite raises `Diverged`, and such a state is never saved.
+    """
+    mesh = parallel.make_mesh(1) if mesh is None else mesh
+    description = description or {}
+    shardings = parallel.state_shardings(state, mesh)
+    start = 0
+    if folder is not None:
+        checkpoint.clean(folder)
+        if saved := checkpoint.steps(folder):
+            start = saved[-1]
+            state = _load_state(checkpoint.step_path(folder, start), state, shardings, description)
+    if start == 0:
+        # copies: the loop donates its state, and the caller's parameters must survive that
+        state = jax.device_put(jax.tree.map(jnp.array, state), shardings)
+    on_start(start)
+    dispatch = jax.jit(
+        many_steps(step), donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh))
+    )
+    stops = sorted({s for s in (*cfg.snapshots, cfg.steps) if s <= cfg.steps})
+    every = cfg.checkpoint_every
+    pending: tuple[int, int, Any] | None = None
+    saving: checkpoint.PendingSave | None = None
+
+    def read(progress):
+        """Fetch and report the metrics of the last dispatch; the device is already at work on the next."""
+        nonlocal pending
+        if pending is None:
+            return
+        first, n, metrics = pending
+        pending = None
+        metrics = jax.device_get(metrics)
+        for i in range(n):
+            now = _means({name: float(values[i]) for name, values in metrics.items()})
+            if not (math.isfinite(now.get("loss", 0.0)) and math.isfinite(now["grad_norm"])):
+                last = checkpoint.steps(folder)[-1:] if folder is not None else []
+                kept = f"the checkpoint of step {last[0]} is kept" if last else "no checkpoint was written yet"
+                raise Diverged(
+                    f"{label}: loss {now.get('loss')} and gradient norm {now['grad_norm']} at step {first + i + 1}; "
+                    f"lower the learning rate or raise the warm-up ({kept})"
+                )
+            on_metrics(first + i + 1, now)
+        shown = {name: now[name] for name in ("loss", "accuracy") if name in now}
+        progress.update(n, **shown)
+
+    def save(step_now):
+        nonlocal saving
+        if folder is None or step_now in checkpoint.steps(folder):
+            return
+        if saving is not None:
+            saving.result()
+        saving = checkpoint.save(
+            checkpoint.step_path(folder, step_now), to_state_dict(state), kind="train_state", step=step_now,
+            config=description, wait=False,
+        )  # fmt: skip
+
+    with _Signals() as signals, Progress(
+        cfg.steps, label, "step", done=start, tokens_per_step=tokens_per_step, flops_per_step=flops_per_step, quiet=quiet
+    ) as progress:
+        now = start
+        if now == 0 and 0 in cfg.snapshots:
+            on_snapshot(0, state.params)
+        while now < cfg.steps:
+            boundary = min(
+                [s for s in stops if s > now] + [now + cfg.dispatch - now % cfg.dispatch, now + every - now % every]
+            )
+            n = boundary - now
+            batches = [batch_at(min(now + i, cfg.steps - 1)) for i in range(cfg.dispatch)]
+            batches = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+            state, metrics = dispatch(state, parallel.put_batches(batches, mesh), n)
+            read(progress)
+            pending = (now, n, metrics)
+            now = boundary
+            if now % every == 0 or now == cfg.steps or now in cfg.snapshots or signals.caught:
+                read(progress)  # nothing that is not finite is ever written
+                if now in cfg.snapshots:
+                    on_snapshot(now, state.params)
+                if now % every == 0 or now == cfg.steps or signals.caught:
+                    save(now)
+            if signals.caught and now < cfg.steps:
+                if saving is not None:
+                    saving.result()
+                raise Preempted(signals.caught, now)
+        if saving is not None:
+            saving.result()
+            checkpoint.clean(folder, keep=now)
+    return state
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    """Divide the sums of one step by its count: `loss*` and `accuracy` (from `hits`); the rest as it is."""
+    count = max(sums.get("count", 1.0), 1.0)
+    means = {name: value / count for name, value in sums.items() if name.startswith("loss")}
+    if "hits" in sums:
+        means["accuracy"] = sums["hits"] / count
+    return means | {name: value for name, value in sums.items() if name not in means and name != "hits"}
+
+
+def _load_state(path: Path, like: TrainState, shardings: TrainState, description: dict[str, Any]) -> TrainState:
+    def abstract(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    like_dict = to_state_dict(jax.tree.map(abstract, like, shardings))
+    loaded = checkpoint.load(path, kind="train_state", like=like_dict)
+    if loaded.config != description:
+        differing = sorted(k for k in loaded.config.keys() | description.keys() if loaded.config.get(k) != description.get(k))
+        raise InputError(f"{path} was trained with other settings ({', '.join(differing)}); use another folder")
+    return from_state_dict(like, loaded.tree)
+
+
+class _Signals:
+    """Remember SIGTERM and SIGINT instead of dying of them; a second one is obeyed at once."""
+
+    def __init__(self):
+        self.caught = 0
+        self._before = {}
+
+    def __enter__(self):
+        def handler(signum, frame):
+            self.caught = signum
+            self._restore()
+
+        try:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._before[signum] = signal.signal(signum, handler)
+        except ValueError:  # not the main thread: signals stay with whoever owns them
+            pass
+        return self
+
+    def _restore(self):
+        for signum, before in self._before.items():
+            signal.signal(signum, before)
+        self._before = {}
+
+    def __exit__(self, *exc):
+        self._restore()
+        return False

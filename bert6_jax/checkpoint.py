@@ -47,7 +47,9 @@ def _check_tree(tree, path=()):
     if isinstance(tree, dict):
         for name, child in tree.items():
             if not isinstance(name, str):
-                raise TypeError(f"checkpoint trees have string keys; found {name!r} under {'/'.join(path) or 'the root'}")
+                raise TypeError(
+                    f"checkpoint trees have string keys; found {name!r} under {'/'.join(path) or 'the root'}"
+                )
             _check_tree(child, (*path, name))
     elif not isinstance(tree, (jax.Array, np.ndarray)):
         raise TypeError(f"checkpoint leaf {'/'.join(path)} is a {type(tree).__name__}, not an array")
@@ -133,12 +135,16 @@ def describe(path: str | Path) -> dict[str, Any]:
     try:
         metadata = ocp.metadata(path)
     except Exception as error:  # Orbax raises many types for folders that it does not know
-        raise InputError(f"{path} is not a checkpoint of this toolkit, or it is damaged; name a folder below checkpoints/") from error
+        raise InputError(
+            f"{path} is not a checkpoint of this toolkit, or it is damaged; name a folder below checkpoints/"
+        ) from error
     description = metadata.custom_metadata
     if not isinstance(description, dict) or "format" not in description:
         raise InputError(f"{path} is an Orbax checkpoint, but not of this toolkit (no format in its metadata)")
     if description["format"] != FORMAT:
-        raise InputError(f"{path} has format {description['format']!r}, this version reads {FORMAT!r}; use the version that wrote it")
+        raise InputError(
+            f"{path} has format {description['format']!r}, this version reads {FORMAT!r}; use the version that wrote it"
+        )
     return description | {"tree": metadata.metadata}
 
 
@@ -152,19 +158,28 @@ def load(path: str | Path, *, kind: str | None = None, like=None, sharding=None)
     path = Path(path).absolute()
     description = describe(path)
     if kind is not None and description["kind"] != kind:
-        raise InputError(f"{path} holds a checkpoint of kind {description['kind']!r}, {kind!r} was asked for; name another folder")
+        raise InputError(
+            f"{path} holds a checkpoint of kind {description['kind']!r}, {kind!r} was asked for; name another folder"
+        )
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), description["tree"])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), description["tree"]
+    )
     if like is not None:
         _check_like(path, abstract, like)
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or sharding), like
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or sharding
+            ),
+            like,
         )
     try:
         tree = ocp.load(path, abstract)
     except Exception as error:
-        raise InputError(f"{path} is damaged and cannot be read ({type(error).__name__}); restore it or remove the folder") from error
+        raise InputError(
+            f"{path} is damaged and cannot be read ({type(error).__name__}); restore it or remove the folder"
+        ) from error
     fields = {field.name for field in dataclasses.fields(Checkpoint)} - {"tree"}
     return Checkpoint(**{name: description[name] for name in fields}, tree=tree)
 
@@ -178,7 +193,9 @@ def _check_like(path, found, expected):
     for name in expected.keys() | found.keys():
         if name not in found or name not in expected:
             where = "is missing from" if name not in found else "is only in"
-            raise InputError(f"{path} does not fit the model: {name} {where} the checkpoint; use the configuration it was made with")
+            raise InputError(
+                f"{path} does not fit the model: {name} {where} the checkpoint; use the configuration it was made with"
+            )
         if found[name].shape != expected[name].shape or found[name].dtype != expected[name].dtype:
             raise InputError(
                 f"{path} does not fit the model: {name} is {found[name].dtype}{list(found[name].shape)}, "
@@ -192,7 +209,9 @@ def load_transformer(path: str | Path, *, sharding=None) -> tuple[dict[str, Any]
     try:
         cfg = TransformerConfig(**checkpoint.config)
     except TypeError as error:
-        raise InputError(f"{path}: its config is not a TransformerConfig ({error}); use the version that wrote it") from error
+        raise InputError(
+            f"{path}: its config is not a TransformerConfig ({error}); use the version that wrote it"
+        ) from error
     return checkpoint.tree, cfg, checkpoint
 
 
@@ -212,5 +231,9 @@ def clean(folder: str | Path, keep: int | None = None) -> None:
     folder = Path(folder)
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
         complete = entry.name.startswith("step_") and entry.name[5:].isdigit()
-        if not complete and "orbax-checkpoint-tmp" in entry.name or (complete and keep is not None and int(entry.name[5:]) != keep):
+        if (
+            not complete
+            and "orbax-checkpoint-tmp" in entry.name
+            or (complete and keep is not None and int(entry.name[5:]) != keep)
+        ):
             shutil.rmtree(entry, ignore_errors=True)

@@ -20,7 +20,7 @@ from bert6_jax import transformer
 from bert6_jax.config import TransformerConfig
 from bert6_jax.errors import InputError
 from bert6_jax.masking import Corrupted, MaskingConfig
-from bert6_jax.objectives import Sums, cross_entropy, forward_inputs, masked_batch, token_sums
+from bert6_jax.objectives import Sums, cross_entropy, forward_inputs, gather_slots, masked_batch, token_sums
 from bert6_jax.train import GradFn
 
 VARIANTS = ("linear", "mlm_head", "logit_lens")
@@ -63,14 +63,14 @@ def head_logits(heads_m, x_XD, params, cfg: TransformerConfig, variant: str) -> 
     return module.apply({"params": heads_m}, x_XD, params["embed"]["token"])
 
 
-def grad_fn(trunk, cfg: TransformerConfig, masking: MaskingConfig, variant: str) -> GradFn:
-    """Gradients of all heads for `train.make_step`, from one forward pass of the frozen trunk.
+def grad_fn(cfg: TransformerConfig, masking: MaskingConfig, variant: str) -> GradFn:
+    """Gradients of all heads for `train.make_step`, from one forward pass of the trunk, which is the frozen argument.
 
     Heads are taken one after the other (`lax.map`), so one head's `[B, K, V]` logits live at a time. Sums: `count`
     positions, `loss` and `hits` averaged over the depths, and `loss_0`, `loss_1`, ... per depth.
     """
 
-    def grads_and_sums(heads, batch, key):
+    def grads_and_sums(heads, batch, key, trunk):
         resid_MBKD, corrupted = slot_streams(trunk, batch, key, cfg, masking)
 
         def one(member):
@@ -92,15 +92,24 @@ def grad_fn(trunk, cfg: TransformerConfig, masking: MaskingConfig, variant: str)
     return grads_and_sums
 
 
-def predict(heads, trunk, batch, key, cfg: TransformerConfig, masking: MaskingConfig, variant: str):
-    """Predictions of every depth: ids `[M, B, K]` int32, summed loss per row `[M, B]` (nats) and the corruption."""
-    resid_MBKD, corrupted = slot_streams(trunk, batch, key, cfg, masking)
+def predict(trunk, heads, batch, key, cfg: TransformerConfig, masking: MaskingConfig, variant: str | None):
+    """What every readout answers, from one forward pass: the M depths in order, then the model's own head.
 
-    def one(member):
-        heads_m, x_BKD = member
-        logits_BKV = head_logits(heads_m, x_BKD, trunk, cfg, variant)
+    Returns ids `[M + 1, B, K]` int32, summed loss per row `[M + 1, B]` (nats) and the corruption they answer to; with
+    `variant=None` the own head alone, `[1, ...]`.
+    """
+    corrupted, _ = masked_batch(batch, key, masking)
+    out_BTD, acts = transformer.forward(trunk, corrupted.ids_BT, cfg, **forward_inputs(batch))
+
+    def answer(logits_BKV):
         nll_BK = cross_entropy(logits_BKV, corrupted.target_BK) * corrupted.valid_BK.astype(jnp.float32)
         return jnp.argmax(logits_BKV, axis=-1).astype(jnp.int32), nll_BK.sum(-1)
 
-    prediction_MBK, nll_MB = jax.lax.map(one, (heads, resid_MBKD))
-    return prediction_MBK, nll_MB, corrupted
+    own_BK, own_nll_B = answer(transformer.head(trunk, gather_slots(out_BTD, corrupted.slot_BK), cfg))
+    if variant is None:
+        return own_BK[None], own_nll_B[None], corrupted
+    resid_MBKD = jnp.take_along_axis(acts["resid"], corrupted.slot_BK[None, :, :, None], axis=2)
+    prediction_MBK, nll_MB = jax.lax.map(
+        lambda member: answer(head_logits(*member, trunk, cfg, variant)), (heads, resid_MBKD)
+    )
+    return jnp.append(prediction_MBK, own_BK[None], axis=0), jnp.append(nll_MB, own_nll_B[None], axis=0), corrupted

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -25,14 +26,6 @@ from bert6_jax import checkpoint, parallel
 from bert6_jax.errors import InputError
 from bert6_jax.objectives import LossFn, Sums
 from bert6_jax.progress import Progress
-
-
-class Preempted(Exception):
-    """SIGTERM or SIGINT arrived; the state is saved and the same command goes on from there."""
-
-    def __init__(self, signum: int, step: int):
-        self.signum, self.step = signum, step
-        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}; the state is saved")
 
 
 class Diverged(InputError):
@@ -74,45 +67,61 @@ class OptimizerConfig:
     warmup: float = 0.1
 
 
-def learning_rate(cfg: OptimizerConfig, steps: int, steps_per_epoch: int) -> optax.Schedule:
-    """The rate at each step (counted from 0) of a run of `steps` steps."""
+SCHEDULES = ("epoch_linear", "epoch_linear_main_py", "warmup_linear", "constant")
+
+
+def learning_rate(cfg: OptimizerConfig, step, steps, steps_per_epoch) -> jax.Array:
+    """The rate at `step` (from 0) of a run of `steps` steps; all three may be traced."""
+    step, steps, steps_per_epoch = (jnp.asarray(x, jnp.float32) for x in (step, steps, steps_per_epoch))
+    epochs = jnp.ceil(steps / steps_per_epoch)
+    epoch = jnp.minimum(jnp.floor(step / steps_per_epoch), epochs - 1.0)
     if cfg.schedule == "constant":
-        return optax.constant_schedule(cfg.lr)
-    if cfg.schedule == "warmup_linear":
-        warmup = max(1, round(cfg.warmup * steps))
-        ramp = optax.linear_schedule(cfg.lr / warmup, cfg.lr, warmup - 1) if warmup > 1 else optax.constant_schedule(cfg.lr)
-        return optax.join_schedules([ramp, optax.linear_schedule(cfg.lr, 0.0, max(1, steps - warmup))], [warmup])
-    if cfg.schedule not in ("epoch_linear", "epoch_linear_main_py"):
-        raise InputError(
-            f"schedule is {cfg.schedule!r}; choose epoch_linear, epoch_linear_main_py, warmup_linear or constant"
-        )
-    epochs = -(-steps // steps_per_epoch)
+        share = jnp.ones_like(step)
+    elif cfg.schedule == "epoch_linear":
+        share = (epochs - epoch) / epochs
+    elif cfg.schedule == "epoch_linear_main_py":
+        # one warm-up unit: epoch 0 at rate 0, then the decay over the epochs that are left
+        share = jnp.where(epoch == 0.0, 0.0, (epochs - epoch) / jnp.maximum(epochs - 1.0, 1.0))
+    elif cfg.schedule == "warmup_linear":
+        warmup = jnp.maximum(jnp.round(cfg.warmup * steps), 1.0)
+        share = jnp.minimum((step + 1.0) / warmup, (steps - step) / jnp.maximum(steps - warmup, 1.0))
+    else:
+        raise InputError(f"schedule is {cfg.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    return cfg.lr * share
 
-    def schedule(step):
-        epoch = jnp.minimum(step // steps_per_epoch, epochs - 1).astype(jnp.float32)
-        rate = cfg.lr * (epochs - epoch) / epochs
-        if cfg.schedule == "epoch_linear_main_py":
-            # one warm-up unit: epoch 0 at rate 0, then the decay over the epochs that are left
-            rate = jnp.where(epoch == 0, 0.0, cfg.lr * (epochs - epoch) / max(epochs - 1, 1))
-        return rate
 
-    return schedule
+class ScheduleState(NamedTuple):
+    count: jax.Array  # int32, updates made
+    steps: jax.Array  # int32, of the whole run
+    steps_per_epoch: jax.Array  # int32
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
-    schedule = learning_rate(cfg, steps, steps_per_epoch)
-    return optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
+    """AdamW. The horizon is data in the optimiser's state, so runs of every length share one compiled program."""
+
+    def init_schedule(params):
+        return ScheduleState(*(jnp.asarray(n, jnp.int32) for n in (0, steps, steps_per_epoch)))
+
+    def apply_schedule(updates, state, params=None):
+        rate = learning_rate(cfg, *state)
+        return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), state._replace(count=state.count + 1)
+
+    return optax.chain(
+        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay),
+        optax.GradientTransformation(init_schedule, apply_schedule),
+    )
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
-GradFn = Callable[[Any, Any, jax.Array], tuple[Any, Sums]]
+GradFn = Callable[[Any, Any, jax.Array, Any], tuple[Any, Sums]]  # (params, batch, key, frozen) -> (gradient, sums)
 
 
 def grad_of(loss_fn: LossFn) -> GradFn:
-    """Gradient of a summed loss: `(params, batch, key) -> (gradient of the sum, sums)`."""
+    """Gradient of a summed loss that needs nothing frozen."""
 
-    def grads_and_sums(params, batch, key):
+    def grads_and_sums(params, batch, key, frozen):
         (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
         return grads, sums
 
@@ -124,16 +133,18 @@ def make_step(grad_fn: GradFn, tx: optax.GradientTransformation, axis_name: str 
 
     Under `jit` over a mesh the sums are global as they stand; with `axis_name` the same step runs under `jax.pmap` or
     `jax.shard_map`, which add them with `psum`. The metrics are the sums plus `grad_norm` (of the mean gradient).
+    `frozen` holds arrays that the loss reads and nobody trains (the trunk under a readout).
     """
 
-    def step(state: TrainState, batch) -> tuple[TrainState, Sums]:
+    def step(state: TrainState, batch, frozen=None) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        grads, sums = grad_fn(state.params, batch, key)
+        grads, sums = grad_fn(state.params, batch, key, frozen)
         if axis_name is not None:
             grads, sums = jax.lax.psum((grads, sums), axis_name)
         scale = 1.0 / jnp.maximum(sums["count"], 1.0)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to integer step counts
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = sums | {"grad_norm": optax.global_norm(grads)}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
@@ -142,29 +153,60 @@ def make_step(grad_fn: GradFn, tx: optax.GradientTransformation, axis_name: str 
 
 
 def many_steps(step):
-    """`(state, batches [S, ...], n) -> (state, metrics [S])`: the first n of S steps in one dispatch.
+    """`(state, batches [S, ...], n, frozen) -> (state, metrics [S])`: the first n of S steps in one dispatch.
 
     n is data, not shape: one compiled program serves every partition of a run into dispatches, so where a run is cut
     (snapshots, checkpoints, a kill) cannot change its arithmetic.
     """
 
-    def run(state, batches, n):
+    def run(state, batches, n, frozen):
         S = jax.tree.leaves(batches)[0].shape[0]
 
         def at(i):
             return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
 
-        shapes = jax.eval_shape(step, state, at(0))[1]
+        shapes = jax.eval_shape(step, state, at(0), frozen)[1]
         metrics = jax.tree.map(lambda m: jnp.zeros((S, *m.shape), m.dtype), shapes)
 
         def body(i, carry):
             state, metrics = carry
-            state, now = step(state, at(i))
+            state, now = step(state, at(i), frozen)
             return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), metrics, now)
 
         return jax.lax.fori_loop(0, n, body, (state, metrics))
 
     return run
+
+
+# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
+_PEAK_BF16 = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+}
+
+
+def device_peak_flops() -> float:
+    """FLOP/s that one device can do: the data sheet's bfloat16 rate, or on other devices a measured matrix product."""
+    kind = jax.devices()[0].device_kind
+    for name, peak in _PEAK_BF16.items():
+        if name in kind:
+            return peak
+    n = 1536
+    x = jnp.full((n, n), 0.5, jnp.float32)
+    matmul = jax.jit(jnp.matmul)
+    matmul(x, x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        matmul(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -191,6 +233,7 @@ def fit(
     batch_at: Callable[[int], dict[str, np.ndarray]],
     cfg: FitConfig,
     *,
+    frozen: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     folder: str | Path | None = None,
     description: dict[str, Any] | None = None,
@@ -200,14 +243,17 @@ def fit(
     label: str = "train",
     tokens_per_step: int = 0,
     flops_per_step: float = 0.0,
+    peak_flops: float = 0.0,
     quiet: bool = False,
 ) -> TrainState:
     """Train from `state` (or from the newest checkpoint in `folder`) to `cfg.steps`; returns the final state.
 
     `batch_at(step)` gives the host batch of a step, leading axis B. `on_start(step)` hears where the run begins,
     `on_metrics(step, metrics)` every step's metrics in order (the means `loss` and `accuracy` in place of their sums),
-    one dispatch late; `on_snapshot(step, params)` gets the parameters at the snapshot steps. SIGTERM and SIGINT save
-    and raise `Preempted`; a loss that is not finite raises `Diverged`, and such a state is never saved.
+    one dispatch late; `on_snapshot(step, params)` gets the parameters at the snapshot steps. On SIGTERM and SIGINT the
+    state is saved, then the signal goes to whoever had it before (by default it ends the process); a loss that is not
+    finite raises `Diverged`, and such a state is never saved. With `tokens_per_step` and `flops_per_step` the progress
+    bar shows tokens/s and the share of `peak_flops` that the model's own operations reach (MFU).
     """
     mesh = parallel.make_mesh(1) if mesh is None else mesh
     description = description or {}
@@ -222,9 +268,8 @@ def fit(
         # copies: the loop donates its state, and the caller's parameters must survive that
         state = jax.device_put(jax.tree.map(jnp.array, state), shardings)
     on_start(start)
-    dispatch = jax.jit(
-        many_steps(step), donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh))
-    )
+    frozen = jax.device_put(frozen, parallel.state_shardings(frozen, mesh))
+    dispatch = jax.jit(many_steps(step), donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
     stops = sorted({s for s in (*cfg.snapshots, cfg.steps) if s <= cfg.steps})
     every = cfg.checkpoint_every
     pending: tuple[int, int, Any] | None = None
@@ -249,6 +294,13 @@ def fit(
                 )
             on_metrics(first + i + 1, now)
         shown = {name: now[name] for name in ("loss", "accuracy") if name in now}
+        clock.append((time.monotonic(), first + n))
+        del clock[:-20]
+        rate = (clock[-1][1] - clock[0][1]) / max(clock[-1][0] - clock[0][0], 1e-9)
+        if tokens_per_step:
+            shown["tokens/s"] = f"{rate * tokens_per_step:,.0f}"
+        if flops_per_step and peak_flops:
+            shown["MFU"] = f"{rate * flops_per_step / peak_flops:.0%}"
         progress.update(n, **shown)
 
     def save(step_now):
@@ -262,10 +314,9 @@ def fit(
             config=description, wait=False,
         )  # fmt: skip
 
-    with _Signals() as signals, Progress(
-        cfg.steps, label, "step", done=start, tokens_per_step=tokens_per_step, flops_per_step=flops_per_step, quiet=quiet
-    ) as progress:
-        now = start
+    now = start
+    clock = [(time.monotonic(), start)]
+    with _Signals() as signals, Progress(cfg.steps, label, done=start, quiet=quiet) as progress:
         if now == 0 and 0 in cfg.snapshots:
             on_snapshot(0, state.params)
         while now < cfg.steps:
@@ -275,7 +326,7 @@ def fit(
             n = boundary - now
             batches = [batch_at(min(now + i, cfg.steps - 1)) for i in range(cfg.dispatch)]
             batches = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-            state, metrics = dispatch(state, parallel.put_batches(batches, mesh), n)
+            state, metrics = dispatch(state, parallel.put_batches(batches, mesh), n, frozen)
             read(progress)
             pending = (now, n, metrics)
             now = boundary
@@ -288,7 +339,7 @@ def fit(
             if signals.caught and now < cfg.steps:
                 if saving is not None:
                     saving.result()
-                raise Preempted(signals.caught, now)
+                signals.pass_on()
         if saving is not None:
             saving.result()
             checkpoint.clean(folder, keep=now)
@@ -311,7 +362,9 @@ def _load_state(path: Path, like: TrainState, shardings: TrainState, description
     like_dict = to_state_dict(jax.tree.map(abstract, like, shardings))
     loaded = checkpoint.load(path, kind="train_state", like=like_dict)
     if loaded.config != description:
-        differing = sorted(k for k in loaded.config.keys() | description.keys() if loaded.config.get(k) != description.get(k))
+        differing = sorted(
+            k for k in loaded.config.keys() | description.keys() if loaded.config.get(k) != description.get(k)
+        )
         raise InputError(f"{path} was trained with other settings ({', '.join(differing)}); use another folder")
     return from_state_dict(like, loaded.tree)
 
@@ -334,6 +387,12 @@ class _Signals:
         except ValueError:  # not the main thread: signals stay with whoever owns them
             pass
         return self
+
+    def pass_on(self):
+        """Give the caught signal to whoever owned it before."""
+        self._restore()
+        signal.raise_signal(self.caught)
+        raise KeyboardInterrupt  # the owner ignored it; the run stops all the same
 
     def _restore(self):
         for signum, before in self._before.items():

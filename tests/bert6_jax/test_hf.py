@@ -52,9 +52,7 @@ def assert_equal_to(golden, hf_config):
     np.testing.assert_allclose(value, golden["loss"], rtol=1e-5)
     grad_tensors = split(golden, "grad/")
     expected, _ = hf.from_state_dict(grad_tensors, hf_config)
-    for (path, found), want in zip(
-        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True
-    ):
+    for (path, found), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
         if path[-2:] == (jax.tree_util.DictKey("k"), jax.tree_util.DictKey("bias")):
             # a shift of all keys cancels in the softmax: the true gradient is zero, both sides are rounding
             np.testing.assert_allclose(found, want, rtol=0, atol=1e-6)

@@ -1,0 +1,217 @@
+"""The transformer's own promises: causality, padding, packing, dropout by row, precision, parameter counts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bert6_jax import config, transformer
+from bert6_jax.config import TransformerConfig
+from bert6_jax.errors import InputError
+
+TINY = TransformerConfig(
+    vocab_size=50, width=16, blocks=3, heads=2, head_width=8, mlp_width=32, max_len=24, init_std=0.3
+)
+VARIANTS = {
+    "post": TINY,
+    "pre": dataclasses.replace(TINY, norm="pre", types=0, head="linear", tied=False),
+    "compiled": dataclasses.replace(TINY, norm="none", activation="relu", head_width=5, head="none", types=0),
+}
+
+
+forward = jax.jit(transformer.forward, static_argnums=2)
+
+
+def make(cfg, seed=0):
+    """Random parameters from NumPy: every leaf away from its initial value, and nothing to compile."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: transformer.init(key, cfg), jax.random.key(0))
+    fresh = jax.tree.map(lambda leaf: rng.normal(0, cfg.init_std, leaf.shape), shapes)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(leaf + (path[-1].key == "scale"), jnp.float32), fresh
+    )
+
+
+def random_ids(shape, seed=0, vocab=50):
+    return jnp.asarray(np.random.default_rng(seed).integers(1, vocab, shape), jnp.int32)
+
+
+def test_parameter_counts_of_the_paper():
+    """Sheet, section 3: embeddings 23,542,272; a block 7,087,872; with masked-LM head 66,692,154 (encoder 66,069,504)."""
+    shapes = jax.eval_shape(lambda key: transformer.init(key, config.bert6()), jax.random.key(0))
+    assert transformer.num_params(shapes["embed"]) == 23_542_272
+    assert transformer.num_params(shapes["blocks"]) == 6 * 7_087_872
+    assert transformer.num_params(shapes) == 66_692_154
+    assert transformer.num_params(shapes) - transformer.num_params(shapes["head"]) == 66_069_504
+
+
+def test_init_follows_the_initialisation_of_bert():
+    params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), TINY)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path[-1].key
+        if name in ("bias", "scale"):
+            assert (leaf == float(name == "scale")).all(), path
+        else:
+            assert abs(leaf.std() / TINY.init_std - 1) < 5 / np.sqrt(2 * leaf.size), path
+    kernels = params["blocks"]["attn"]["q"]["kernel"]
+    assert not np.allclose(kernels[0], kernels[1])
+    gpt = config.gpt_mini(30, blocks=2, width=64, heads=2, head_width=32, mlp_width=128)
+    out = transformer.init(jax.random.key(0), gpt)["blocks"]["mlp"]["out"]["kernel"]
+    np.testing.assert_allclose(out.std(), 0.02 / np.sqrt(4), rtol=0.05)
+
+
+@pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS.keys())
+def test_activations_have_the_documented_shapes(cfg):
+    B, T, L, D, N, H, F = 2, 7, cfg.blocks, cfg.width, cfg.heads, cfg.head_width, cfg.mlp_width
+    out_BTD, acts = forward(make(cfg), random_ids((B, T)), cfg)
+    assert out_BTD.shape == (B, T, D)
+    shapes = {name: value.shape for name, value in acts.items()}
+    per_head, stream, hidden = (L, B, T, N, H), (L, B, T, D), (L, B, T, F)
+    assert shapes == {
+        "q": per_head, "k": per_head, "v": per_head, "z": per_head, "pattern": (L, B, N, T, T),
+        "attn_out": stream, "resid_mid": stream, "mlp_out": stream, "resid_post": stream,
+        "mlp_pre": hidden, "mlp_post": hidden, "resid": (L + 1, B, T, D),
+    }  # fmt: skip
+    assert set(shapes) == set(transformer.HOOK_NAMES)
+    np.testing.assert_allclose(acts["pattern"].sum(-1), 1.0, rtol=1e-5)
+
+
+def test_the_sums_of_a_block_add_up():
+    """resid_mid and resid_post are the sums before the norms (post) or the stream itself (pre)."""
+    for cfg in VARIANTS.values():
+        params = make(cfg)
+        _, acts = forward(params, random_ids((2, 7)), cfg)
+        np.testing.assert_allclose(acts["resid_mid"], acts["resid"][:-1] + acts["attn_out"], atol=1e-5)
+        if cfg.norm == "post":
+            layer = jax.tree.map(lambda p: p[1], params["blocks"])
+            middle = transformer.apply_norm(layer["norm_attn"], acts["resid_mid"][1], cfg)
+            np.testing.assert_allclose(acts["resid_post"][1], middle + acts["mlp_out"][1], atol=1e-5)
+            after = transformer.apply_norm(layer["norm_mlp"], acts["resid_post"][1], cfg)
+            np.testing.assert_allclose(acts["resid"][2], after, atol=1e-5)
+        else:
+            np.testing.assert_allclose(acts["resid_post"], acts["resid_mid"] + acts["mlp_out"], atol=1e-5)
+            np.testing.assert_allclose(acts["resid"][1:], acts["resid_post"], atol=1e-6)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_causal_models_do_not_look_ahead(jit):
+    cfg = dataclasses.replace(VARIANTS["pre"], causal=True)
+    params, ids_BT, at = make(cfg), random_ids((1, 9)), 4
+
+    def output(x_BTD):
+        mask = transformer.attention_mask(jnp.ones((1, 9), jnp.int32), cfg.causal)
+        return transformer.blocks(params["blocks"], x_BTD, mask, cfg)[0][0, at].sum()
+
+    grad = jax.grad(jax.jit(output) if jit else output)(transformer.embed(params, ids_BT, cfg))
+    size_T = np.abs(grad[0]).max(-1)
+    assert (size_T[at + 1 :] == 0).all() and (size_T[: at + 1] > 1e-4).all()
+
+
+def test_padding_is_invisible_and_rows_are_independent():
+    params = make(TINY)
+    ids_BT = random_ids((3, 12))
+    alone_BTD, _ = forward(params, ids_BT[:1, :8], TINY)
+    segment_BT = (jnp.arange(12)[None] < jnp.asarray([8, 12, 5])[:, None]).astype(jnp.int32)
+    padded_BTD, acts = forward(params, ids_BT, TINY, segment_BT=segment_BT)
+    np.testing.assert_allclose(padded_BTD[0, :8], alone_BTD[0], atol=1e-5)
+    assert (acts["pattern"][:, 2, :, :, 5:] == 0).all()
+    changed_BTD, _ = forward(params, ids_BT.at[2, 5:].set(7), TINY, segment_BT=segment_BT)
+    np.testing.assert_array_equal(padded_BTD[2, :5], changed_BTD[2, :5])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_equals_unpacked(causal):
+    """Documents side by side in one row, with segments and restarting positions, are as if each were alone."""
+    cfg = dataclasses.replace(TINY, causal=causal)
+    params, lengths = make(cfg), [5, 9, 6]
+    documents = [random_ids((1, n), seed=n) for n in lengths]
+    pad = jnp.zeros((1, 4), jnp.int32)
+    packed_BT = jnp.concatenate([*documents, pad], axis=1)
+    segment_BT = jnp.concatenate([jnp.full_like(d, i + 1) for i, d in enumerate(documents)] + [pad], axis=1)
+    position_BT = jnp.concatenate([jnp.arange(n, dtype=jnp.int32)[None] for n in lengths] + [pad], axis=1)
+    packed_BTD, _ = forward(params, packed_BT, cfg, segment_BT=segment_BT, position_BT=position_BT)
+    start = 0
+    for document in documents:
+        alone_BTD, _ = forward(params, document, cfg)
+        np.testing.assert_allclose(packed_BTD[:, start : start + document.shape[1]], alone_BTD, atol=2e-6)
+        start += document.shape[1]
+
+
+def test_block_zero_sees_no_context():
+    """Sheet, section 6: depth 0 at a position does not change with the other positions."""
+    params = make(TINY)
+    ids_BT = random_ids((1, 10))
+    _, acts = forward(params, ids_BT, TINY)
+    _, changed = forward(params, ids_BT.at[0, 3:].set(9), TINY)
+    np.testing.assert_array_equal(acts["resid"][0, :, :3], changed["resid"][0, :, :3])
+    assert np.abs(acts["resid"][1, :, :3] - changed["resid"][1, :, :3]).max() > 1e-3
+
+
+def test_dropout_belongs_to_the_row():
+    cfg = dataclasses.replace(TINY, dropout=0.3, attention_dropout=0.2)
+    params, ids_BT = make(cfg), random_ids((4, 10))
+    keys_B = jax.random.split(jax.random.key(5), 4)
+    all_BTD, acts = forward(params, ids_BT, cfg, keys_B=keys_B)
+    some_BTD, _ = forward(params, ids_BT[2:3], cfg, keys_B=keys_B[2:3])
+    np.testing.assert_allclose(all_BTD[2:3], some_BTD, atol=1e-5)
+    quiet_BTD, _ = forward(params, ids_BT, cfg)
+    assert np.abs(all_BTD - quiet_BTD).max() > 0.1
+
+
+def test_dropout_rate_and_scale():
+    keys_B = jax.random.split(jax.random.key(0), 8)
+    x = transformer._dropout(jnp.ones((8, 4_000)), keys_B, 0.1)
+    share = float((x == 0).mean())
+    assert abs(share - 0.1) < 4 * np.sqrt(0.1 * 0.9 / x.size)
+    np.testing.assert_allclose(float(x.max()), 1 / 0.9, rtol=1e-4)
+
+
+def test_bfloat16_computes_near_float32_with_float32_where_promised():
+    half = dataclasses.replace(TINY, dtype="bfloat16")
+    params, ids_BT = make(TINY), random_ids((2, 12))
+    full_BTD, _ = forward(params, ids_BT, TINY)
+    half_BTD, acts = forward(params, ids_BT, half)
+    assert half_BTD.dtype == jnp.bfloat16 and acts["pattern"].dtype == jnp.float32
+    logits = transformer.head(params, half_BTD, half)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(half_BTD.astype(jnp.float32), full_BTD, atol=0.15)
+    loss = jax.grad(lambda p: transformer.forward(p, ids_BT, half)[0].astype(jnp.float32).sum())
+    grads = jax.eval_shape(loss, params)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
+
+
+def test_blocks_run_in_pieces():
+    """Any slice of the stack runs alone: what splicing and patching need."""
+    params, ids_BT = make(TINY), random_ids((2, 6))
+    out_BTD, _ = forward(params, ids_BT, TINY)
+    mask = transformer.attention_mask(jnp.ones((2, 6), jnp.int32), False)
+    x_BTD = transformer.embed(params, ids_BT, TINY)
+    for piece in (slice(0, 1), slice(1, 3)):
+        x_BTD, _ = transformer.blocks(jax.tree.map(lambda p, s=piece: p[s], params["blocks"]), x_BTD, mask, TINY)
+    np.testing.assert_allclose(x_BTD, out_BTD, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_vmaps_over_a_bank_of_models():
+    members = [make(TINY, seed) for seed in range(3)]
+    bank = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    ids_BT = random_ids((2, 6))
+    together = jax.jit(jax.vmap(lambda p: transformer.forward(p, ids_BT, TINY)[0]))(bank)
+    np.testing.assert_allclose(together[1], forward(members[1], ids_BT, TINY)[0], atol=1e-5)
+
+
+def test_flops_count_the_matrices():
+    cfg = config.bert6()
+    params = jax.eval_shape(lambda key: transformer.init(key, cfg), jax.random.key(0))
+    kernels = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "kernel")
+    assert transformer.flops_per_token(cfg, 128) == 6 * (kernels + 768 * 30_522) + 12 * 6 * 768 * 128
+    assert abs(transformer.flops_per_token(cfg, 128) / 0.406e9 - 1) < 0.01  # the figure of ecosystem arithmetic
+
+
+def test_settings_that_cannot_be_are_refused():
+    for changes in ({"norm": "rms"}, {"dropout": 1.0}, {"heads": 0}, {"dtype": "float16"}):
+        with pytest.raises(InputError, match=next(iter(changes))):
+            dataclasses.replace(TINY, **changes)
+    with pytest.raises(ValueError, match="max_len"):
+        forward(make(TINY), random_ids((1, 25)), TINY)

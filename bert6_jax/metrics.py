@@ -272,10 +272,10 @@ def _coalesce(row: jax.Array, col: jax.Array, count: jax.Array | None, vocab_siz
     ordered = jax.lax.sort((*keys, *weights), num_keys=len(keys), is_stable=False)
     keys = ordered[: len(keys)]
 
-    filled = keys[0] < (jnp.uint32(vocab_size**2) if packed else jnp.int32(vocab_size))
-    n_filled = jnp.sum(filled, dtype=jnp.int32)
+    empty = jnp.uint32(vocab_size**2) if packed else jnp.int32(vocab_size)
+    n_filled = jnp.sum(keys[0] < empty, dtype=jnp.int32)
     differs = jnp.any(jnp.stack([key[1:] != key[:-1] for key in keys]), axis=0)
-    start = jnp.minimum(_compact(filled & jnp.append(True, differs), size + 1), n_filled)
+    start = jnp.minimum(_compact(jnp.append(True, differs), size + 1), n_filled)
     place = start  # sum of the weights before a place; it is the place itself where all weights are 1
     total = n_filled
     if count is not None:
@@ -319,12 +319,13 @@ def count_confusion(
 
     size: the number of entries E, as in `jnp.unique`. With it the function jits, vmaps and runs on accelerators; pairs
     beyond it (the highest ids) are not stored but their positions counted in `lost`. None: exactly as many as there
-    are, counted by NumPy on the host; ids outside the vocabulary are then a ValueError.
+    are, counted by NumPy on the host, faster there; ids outside the vocabulary are then a ValueError. For one mode
+    alone pass `valid & (modes == k)`.
     """
-    # 10 million positions, Zipf ids, V = 30,522, 2.7 million pairs, two cores (Zen 4), float-free, seconds:
-    #   NumPy: sort of packed keys 0.35, in two threads 0.17 + merge 0.02, all of _count_on_host 0.23; peak 0.25 GB
-    #   XLA CPU: sort of packed keys 0.51, of keys with a payload 0.9-2.9, of (row, col) 1.8-3.1; _count_in_jit 0.65
-    # Dense tables need 3.5 to 7 GB here and took 5.3 (torch.bincount) and 11 (scikit-learn) on the same input.
+    # 10 million positions with Zipf ids, V = 30,522, 2.7 million pairs, two Zen 4 cores, in seconds:
+    #   NumPy: sort packed keys 0.35, in two threads 0.17 + merge 0.02; _count_on_host 0.42 of CPU time, 0.27 GB
+    #   XLA on CPU: sort packed keys 0.51, with a payload 0.9-2.9, by (row, col) 1.8-3.1; _count_in_jit 0.7, 0.29 GB
+    # A dense int64 table takes 7 GB and took torch.bincount 4 to 5, scikit-learn more than 10.
     if size is None:
         return _count_on_host(targets, predictions, valid, vocab_size)
     return _count_in_jit(targets, predictions, valid, vocab_size, size)
@@ -413,7 +414,7 @@ def _lookup(row_E, col_E, want_row_E, want_col_E, vocab_size):
     def halve(_, bounds):
         low_E, high_E = bounds
         middle_E = (low_E + high_E) // 2
-        right_E = (low_E < high_E) & (col_E.at[middle_E].get(mode="clip") < want_col_E)
+        right_E = col_E.at[middle_E].get(mode="clip") < want_col_E
         return jnp.where(right_E, middle_E + 1, low_E), jnp.where(right_E, high_E, middle_E)
 
     low_E, _ = jax.lax.fori_loop(0, entries.bit_length(), halve, (begin_V[want_row_E], stop_E))
@@ -449,7 +450,7 @@ def strong_matches(
     """Filter, normalise and threshold a confusion (sheet, section 2).
 
     Row i is kept iff M_ii = max_j M_ij (ties kept) and M_ii >= n_min (at least 1); a dropped id loses row and column.
-    Choose theta, the least R_ij to store, as the lowest threshold of interest: `clusters` takes any from there up.
+    Choose theta > 0, the least R_ij to store, as the lowest threshold of interest: `clusters` takes any from there up.
     size: slots E of the result; with it the function jits. None: the next power of two that holds all strong matches
     (read on the host), so that matrices of similar size share one compilation.
     """
@@ -478,14 +479,13 @@ def clusters(matches: Matches, theta: float | Array, mutual: bool = True) -> jax
     edge_E = (matches.ratio_E >= theta) & ((matches.back_E >= theta) | (not mutual))
     row_E, col_E = (jnp.where(edge_E, end_E, 0) for end_E in (matches.row_E, matches.col_E))
 
-    # Every edge hands the lower label to both ends and to the ids that the ends name, then names are followed one step:
-    # labels stay inside a component and fall until its edges agree, in about log(V) rounds instead of its diameter.
+    # An edge hands the lower of its two labels to the ids that they name, then every id takes the label of its label:
+    # labels stay inside a component and fall until all edges agree, in about log2(V) rounds, not V as in a plain flood.
     def spread(state):
         label_V, _ = state
         row_label_E, col_label_E = label_V[row_E], label_V[col_E]
         lowest_E = jnp.minimum(row_label_E, col_label_E)
-        ends_E = jnp.concatenate([row_E, col_E, row_label_E, col_label_E])
-        fallen_V = label_V.at[ends_E].min(jnp.tile(lowest_E, 4))
+        fallen_V = label_V.at[row_label_E].min(lowest_E).at[col_label_E].min(lowest_E)
         fallen_V = fallen_V[fallen_V]
         return fallen_V, jnp.any(fallen_V != label_V)
 

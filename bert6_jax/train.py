@@ -7,6 +7,7 @@ pure function of the step number, so a resumed run sees what the uninterrupted o
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -146,7 +147,7 @@ def make_step(grad_fn: GradFn, tx: optax.GradientTransformation, axis_name: str 
         with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to integer step counts
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = sums | {"grad_norm": optax.global_norm(grads)}
+        metrics = sums | {"grad_norm": optax.tree.norm(grads)}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
@@ -273,7 +274,6 @@ def fit(
     stops = sorted({s for s in (*cfg.snapshots, cfg.steps) if s <= cfg.steps})
     every = cfg.checkpoint_every
     pending: tuple[int, int, Any] | None = None
-    saving: checkpoint.PendingSave | None = None
 
     def read(progress):
         """Fetch and report the metrics of the last dispatch; the device is already at work on the next."""
@@ -304,19 +304,22 @@ def fit(
         progress.update(n, **shown)
 
     def save(step_now):
-        nonlocal saving
         if folder is None or step_now in checkpoint.steps(folder):
             return
-        if saving is not None:
-            saving.result()
+        unfinished.close()  # one write at a time
         saving = checkpoint.save(
             checkpoint.step_path(folder, step_now), to_state_dict(state), kind="train_state", step=step_now,
             config=description, wait=False,
         )  # fmt: skip
+        unfinished.callback(saving.result)
 
     now = start
     clock = [(time.monotonic(), start)]
-    with _Signals() as signals, Progress(cfg.steps, label, done=start, quiet=quiet) as progress:
+    with (
+        _Signals() as signals,
+        Progress(cfg.steps, label, done=start, quiet=quiet) as progress,
+        contextlib.ExitStack() as unfinished,
+    ):
         if now == 0 and 0 in cfg.snapshots:
             on_snapshot(0, state.params)
         while now < cfg.steps:
@@ -337,12 +340,10 @@ def fit(
                 if now % every == 0 or now == cfg.steps or signals.caught:
                     save(now)
             if signals.caught and now < cfg.steps:
-                if saving is not None:
-                    saving.result()
+                unfinished.close()
                 signals.pass_on()
-        if saving is not None:
-            saving.result()
-            checkpoint.clean(folder, keep=now)
+    if folder is not None:
+        checkpoint.clean(folder, keep=now)
     return state
 
 

@@ -127,8 +127,8 @@ PRESETS = {
     ),
     "small": AptConfig(
         corpus="", subset_sizes=(4_500, 18_000), held_out=1_247, width=128, heads=4, mlp_width=512, dropout=0.0,
-        epochs=5, lr=1e-3, schedule="warmup_linear", slots=30, checkpoint_every=100,
-        readout_epochs=0.7, readout_lr=1e-3, readout_schedule="warmup_linear", passes=4,
+        epochs=1, batch=16, lr=1e-3, schedule="warmup_linear", slots=30, checkpoint_every=100,
+        readout_epochs=0.25, readout_lr=5e-3, readout_schedule="warmup_linear", passes=2,
     ),
     "paper": PAPER_CONFIG,
 }  # fmt: skip
@@ -832,6 +832,7 @@ def members_of(clustering: Clustering) -> list[np.ndarray]:
     return sorted((g for g in groups if len(g) > 1), key=lambda g: (-len(g), g[0]))
 
 
+@figures.style()
 def draw(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, limit: Limit | None) -> None:
     M, blocks = cfg.blocks + 1, np.arange(cfg.blocks + 1)
     over = "seeds" if cfg.seeds > 1 else "resampled groups of articles"
@@ -934,6 +935,7 @@ def draw(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, limit: Limit | 
     )  # fmt: skip
 
 
+@figures.style()
 def draw_confusion(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, shown: int = 40) -> None:
     """R_ij of the largest clusters of the last block, tokens side by side."""
     picked: list[int] = []

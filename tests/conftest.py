@@ -1,5 +1,9 @@
 """Strictness for every test: no silent dtype or rank promotion, four virtual devices, warnings are errors."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -8,6 +12,15 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # One cache for the workers and child processes of this test run: programs that several tests need compile once.
+    folder = Path(tempfile.gettempdir()) / f"bert6-jax-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

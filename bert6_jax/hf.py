@@ -222,7 +222,7 @@ def load(folder: str | Path):
 
 
 def save(folder: str | Path, params, cfg: TransformerConfig, **extra) -> None:
-    """Write a folder that `BertForMaskedLM.from_pretrained` opens; `extra` goes into config.json (pad_token_id, ...)."""
+    """Write a folder that `BertForMaskedLM.from_pretrained` opens; `extra` joins config.json (pad_token_id, ...)."""
     from safetensors.numpy import save_file
 
     config = config_to_hf(cfg, **extra)

@@ -35,7 +35,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-# Where the `model` axis cuts, by the end of a parameter's path. Negative axes: blocks and banks may be stacked in front.
+# Where the `model` axis cuts, by the end of a parameter's path. Negative: blocks and banks may be stacked in front.
 _MODEL_AXIS = {
     ("q", "kernel"): -1, ("k", "kernel"): -1, ("v", "kernel"): -1,
     ("q", "bias"): -1, ("k", "bias"): -1, ("v", "bias"): -1,

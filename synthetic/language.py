@@ -42,10 +42,11 @@ _AGREEING = {  # word -> probability, for singular and plural
     "aux": ({"has": 1.0}, {"have": 1.0}),
     "pronoun": ({"it": 1.0}, {"they": 1.0}),
 }
-_CUES = {
-    "subject": ("small", "old", "young", "grey", "proud", "tall", "quiet", "clever"),
-    "verb": ("often", "never", "already", "slowly", "gladly", "barely", "always", "nearly"),
-    "object": ("bright", "heavy", "round", "cold", "sweet", "dusty", "narrow", "plain"),
+_ADJECTIVES = ("small", "young", "grey", "proud", "heavy", "round", "cold", "dusty")
+_CUES = {  # subjects and objects share theirs: a cue tells the member, not the slot
+    "subject": _ADJECTIVES,
+    "verb": ("often", "never", "slowly", "gladly", "barely", "always", "nearly", "already"),
+    "object": _ADJECTIVES,
     "place": ("near", "beyond", "behind", "under", "inside", "above", "around", "beside"),
 }
 _ENDINGS = {
@@ -67,21 +68,20 @@ class LanguageConfig:
     with a pronoun takes the number of the sentence before, so it never opens a document.
     """
 
-    topics: int = 12
+    topics: int = 6
     topic_exponent: float = 0.7
-    side_topic: float = 0.25
-    members: tuple[tuple[str, int], ...] = (("subject", 4), ("verb", 3), ("object", 4), ("place", 5))
-    member_exponent: float = 0.5
+    side_topic: float = 0.2
+    members: tuple[tuple[str, int], ...] = (("subject", 3), ("verb", 3), ("object", 4), ("place", 3))
+    member_exponent: float = 0.4
     confusion: float = 0.25
-    plural: float = 0.4
+    plural: float = 0.45
     min_tokens: int = 54
     templates: tuple[tuple[str, float], ...] = (
         ("det subject~ subject aux verb~ verb the object~ object .", 1.0),
-        ("det subject~ subject place~ the place aux verb~ verb the object~ object .", 0.7),
-        ("pronoun aux verb~ verb the object~ object place~ the place .", 0.7),
-        ("verb~ , det subject~ subject aux verb the object~ object .", 0.5),
-        ("place~ the place , det subject~ subject aux verb~ verb .", 0.5),
-        ("the object~ object was verb~ verb by det subject~ subject .", 0.5),
+        ("det subject~ subject place~ place aux verb~ verb the object~ object .", 0.8),
+        ("pronoun aux verb~ verb the object~ object place~ place .", 0.8),
+        ("det subject~ subject aux verb~ verb place~ place .", 0.6),
+        ("place~ place , det subject~ subject aux verb~ verb the object~ object .", 0.6),
     )
     seed: int = 0
 
@@ -96,6 +96,8 @@ class LanguageConfig:
         if self.min_tokens < 1:
             raise ValueError(f"min_tokens={self.min_tokens}: at least 1")
         members = dict(self.members)
+        if len(members) < len(self.members):
+            raise ValueError(f"members={self.members}: a slot is named twice")
         for slot, count in self.members:
             if slot not in SLOTS or not 1 <= count <= len(_CUES[slot]):
                 raise ValueError(f"members: {slot!r}: {count}; slots are {SLOTS} with 1 to 8 members")
@@ -233,7 +235,10 @@ def make_language(config: LanguageConfig = LanguageConfig()) -> Language:  # noq
     for slot, count in config.members:
         if slot not in roles:
             continue
-        cues_Y = np.array([add(cue, "cue") for cue in _CUES[slot][:count]], np.int32)
+        for cue in _CUES[slot][:count]:
+            if cue not in index:
+                index[cue] = add(cue, "cue")
+        cues_Y = np.array([index[cue] for cue in _CUES[slot][:count]], np.int32)
         numbers = ("singular", "plural") if slot == "subject" else ("",)
         words_GZX = np.zeros((len(numbers), config.topics, count), np.int32)
         for topic in range(config.topics):
@@ -338,9 +343,8 @@ def sample(language: Language, num_documents: int, seed: int, first: int = 0) ->
 
 def text(language: Language, ids_BT: np.ndarray) -> list[str]:
     """The documents as strings: words between spaces, punctuation attached to the word before it."""
-    pieces = [
-        word if kind == "punctuation" else f" {word}" for word, kind in zip(language.words, language.kinds, strict=True)
-    ]
+    spaced = zip(language.words, language.kinds, strict=True)
+    pieces = [word if kind == "punctuation" else f" {word}" for word, kind in spaced]
     return ["".join([pieces[i] for i in row if i >= 0]).lstrip() for row in ids_BT.tolist()]
 
 
@@ -357,25 +361,40 @@ def word_ids(language: Language, vocab: dict[str, int]) -> np.ndarray:
     table_V = np.full(max(vocab.values()) + 1, OTHER, np.int32)
     for word, meaning in (("[MASK]", MASK), ("[PAD]", PAD), *((word, i) for i, word in enumerate(language.words))):
         if word not in vocab:
-            raise InputError(
-                f"vocabulary: {word!r} of the embedded language is not one token; train a larger vocabulary"
-            )
+            raise InputError(f"vocabulary: {word!r} of the embedded corpus is not one token; train a larger vocabulary")
         table_V[vocab[word]] = meaning
     return table_V
 
 
-class Corruption(NamedTuple):
-    """Masked-language-model corruption: `rate` of the positions are modified, of which `mask` become [MASK], `random` a
-    uniform id of all `vocab_size` ids of the tokenizer, and the rest is kept."""
+@dataclasses.dataclass(frozen=True)
+class Corruption:
+    """Masked-language-model corruption (sheet, section 3): `rate` of the positions are modified; of these `mask` become
+    [MASK], `random` a uniform id among all `vocab_size` ids of the tokenizer, and the rest keep their word."""
 
     vocab_size: int
     rate: float = 0.15
     mask: float = 0.8
     random: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1 or not 0 < self.rate <= 1 or min(self.mask, self.random, self.kept) < 0:
+            raise ValueError(f"{self}: vocab_size >= 1, rate in (0, 1], mask and random >= 0 with a sum of at most 1")
+
     @property
     def kept(self) -> float:
-        return max(0.0, 1.0 - self.mask - self.random)
+        return round(1.0 - self.mask - self.random, 12)
+
+
+def corrupt(language: Language, ids_BT: np.ndarray, corruption: Corruption, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(visible_BT, modified_BT) of rows of words, where PAD stays; random ids beyond the language's words are OTHER."""
+    rng = _random(seed, 2**33)  # a stream of its own: neither the lexicon's nor a block's
+    modified_BT = (rng.random(ids_BT.shape) < corruption.rate) & (ids_BT != PAD)
+    mode_BT = rng.random(ids_BT.shape)
+    random_BT = rng.integers(0, corruption.vocab_size, ids_BT.shape, np.int32)
+    new_BT = np.where(random_BT < len(language.words), random_BT, OTHER)
+    new_BT = np.where(mode_BT < corruption.mask + corruption.random, new_BT, ids_BT)
+    new_BT = np.where(mode_BT < corruption.mask, MASK, new_BT)
+    return np.where(modified_BT, new_BT, ids_BT).astype(np.int32), modified_BT
 
 
 def _sum_scaled(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -444,7 +463,8 @@ def _context(
         return carried * (templates[k].weight if s else templates[k].opening)
 
     begins_BT = np.arange(T) < np.minimum(length_B, config.min_tokens)[:, None]
-    ends_BT = np.where(length_B[:, None] < T, np.arange(bounds) == length_B[:, None], np.arange(bounds) >= T)
+    t = np.arange(bounds)
+    ends_BT = np.where(length_B[:, None] < T, (t == length_B[:, None]) & (t >= config.min_tokens), t >= T)
     alpha = np.zeros((T, B, 2, len(pairs_P)))
     alpha_log = np.full((T, B), -np.inf)
     alpha[0, :, 0], alpha_log[0] = language.pair_P, 0.0
@@ -467,11 +487,10 @@ def _context(
         value, log_B = _sum_scaled(parts)
         beta[s] = np.where(begins_BT[:, s, None, None], value, beta[s])
         beta_log[s] = np.where(begins_BT[:, s], log_B, beta_log[s])
-    total_B = np.log((alpha[0, :, 0] * beta[0, :, 0]).sum(-1)) + beta_log[0]
+    with np.errstate(divide="ignore"):
+        total_B = np.log((alpha[0, :, 0] * beta[0, :, 0]).sum(-1)) + beta_log[0]
     if not np.isfinite(total_B).all():
-        raise ValueError(
-            f"row {int(np.argmin(total_B))}: no document of this language has {length_B[np.argmin(total_B)]} tokens"
-        )
+        raise ValueError(f"a row of {length_B[np.argmin(total_B)]} visible tokens is no beginning of a document")
 
     context_QW = np.zeros((len(b_Q), len(language.words)))
     for k, template in enumerate(templates):
@@ -507,25 +526,39 @@ def _context(
     return context_QW / context_QW.sum(1, keepdims=True)
 
 
-def _by_row(language: Language, visible_BT, length_B, modified_BT, corruption: Corruption) -> np.ndarray:
-    """`_context` of all modified positions, a few rows at a time to bound the memory."""
-    kept = 1 - corruption.rate + corruption.rate * corruption.kept
-    noise = corruption.rate * corruption.random / corruption.vocab_size / kept
+def _evidence(visible_Q: np.ndarray, words: int, corruption: Corruption) -> tuple[np.ndarray, np.ndarray]:
+    """P(visible, replaced | word, modified) [Q, 1] and P(visible, kept | word, modified) [Q, W], up to a factor."""
+    word = visible_Q >= 0
+    kept_QW = np.zeros((len(visible_Q), words))
+    kept_QW[np.flatnonzero(word), visible_Q[word]] = corruption.kept
+    return np.where(word, corruption.random / corruption.vocab_size, 1.0)[:, None], kept_QW
+
+
+def _split_posterior(
+    language: Language, visible_BT: np.ndarray, length_B: np.ndarray, modified_BT: np.ndarray, corruption: Corruption
+) -> tuple[np.ndarray, np.ndarray]:
+    """P(word, replaced by what is visible | row) and P(word, kept | row), both [Q, W]."""
+    W = len(language.words)
+    if visible_BT.shape != modified_BT.shape or length_B.shape != visible_BT.shape[:1]:
+        raise ValueError(f"shapes: {visible_BT.shape} visible, {modified_BT.shape} modified, {length_B.shape} lengths")
+    if visible_BT.max(initial=PAD) >= W or (length_B > visible_BT.shape[1]).any():
+        raise ValueError("visible_BT holds word indices, MASK or OTHER (see `word_ids`), length_B at most T")
+    if (modified_BT & (np.arange(visible_BT.shape[1]) >= length_B[:, None])).any():
+        raise ValueError("modified_BT is true behind the end of a row")
+    if corruption.vocab_size < W:
+        raise ValueError(f"vocab_size={corruption.vocab_size}: the language alone has {W} words")
+    seen = 1 - corruption.rate + corruption.rate * corruption.kept
+    noise = corruption.rate * corruption.random / corruption.vocab_size / seen if seen else 1.0
     parts = []
-    for first in range(0, len(visible_BT), 64):
+    for first in range(0, len(visible_BT), 64):  # bounds the memory
         rows = slice(first, first + 64)
         b_Q, t_Q = np.nonzero(modified_BT[rows])
         parts.append(_context(language, visible_BT[rows], length_B[rows], b_Q, t_Q, noise))
-    return np.concatenate(parts)
-
-
-def _evidence(visible_Q: np.ndarray, words: int, corruption: Corruption) -> np.ndarray:
-    """P(visible | word, modified) up to a factor, [Q, W]: kept or a random id; [MASK] and foreign ids say nothing."""
-    evidence_QW = np.ones((len(visible_Q), words))
-    word = visible_Q >= 0
-    evidence_QW[word] = corruption.random / corruption.vocab_size
-    evidence_QW[np.flatnonzero(word), visible_Q[word]] += corruption.kept
-    return evidence_QW
+    context_QW = np.concatenate(parts)
+    replaced_Q1, kept_QW = _evidence(visible_BT[modified_BT], W, corruption)
+    replaced_QW, kept_QW = context_QW * replaced_Q1, context_QW * kept_QW
+    total_Q1 = replaced_QW.sum(1, keepdims=True) + kept_QW.sum(1, keepdims=True)
+    return replaced_QW / total_Q1, kept_QW / total_Q1
 
 
 def posterior(
@@ -538,7 +571,77 @@ def posterior(
     the row, less where it ends. The Q positions come in the order of `np.nonzero(modified_BT)`. The predictor knows
     that it is asked (the position is modified), not whether a visible word there is the original one or a random one,
     and of all other visible words not even whether they are modified.
+
+    Raises `ValueError` for shapes or values that do not fit, and for a row that this language cannot produce.
     """
-    context_QW = _by_row(language, visible_BT, length_B, modified_BT, corruption)
-    post_QW = context_QW * _evidence(visible_BT[modified_BT], len(language.words), corruption)
-    return post_QW / post_QW.sum(1, keepdims=True)
+    replaced_QW, kept_QW = _split_posterior(language, visible_BT, length_B, modified_BT, corruption)
+    return replaced_QW + kept_QW
+
+
+class BayesApt(NamedTuple):
+    """Accuracy per token of the two best predictors, as expectations under the exact posterior.
+
+    The hits of an answer are its posterior probability, not a count against the words drawn, so the numbers carry the
+    randomness of the rows only. `*_se` are standard errors over rows (delta method). The macro means are over the words
+    with any expected occurrence. Mode axis C as in `bert6_jax.masking`: mask, random, kept.
+    """
+
+    totals_CW: np.ndarray  # expected modified occurrences n_i
+    hits_CW: np.ndarray  # expected hits h_i of the MAP predictor: the most probable word
+    best_hits_CW: np.ndarray  # of the predictor with the largest <APT>: argmax of posterior / n_i
+    confusion_WW: np.ndarray  # expected confusion of the MAP predictor: original i answered as j
+    micro: float  # accuracy of the MAP predictor, the most there can be
+    micro_se: float
+    macro: float  # <APT> of the MAP predictor
+    macro_se: float
+    best: float  # the largest <APT> of any predictor
+    best_se: float
+
+
+def bayes_apt_of(
+    language: Language, visible_BT: np.ndarray, length_B: np.ndarray, modified_BT: np.ndarray, corruption: Corruption
+) -> BayesApt:
+    """The Bayes limit on given rows (as for `posterior`): the bound for a model evaluated on the very same rows."""
+    replaced_QW, kept_QW = _split_posterior(language, visible_BT, length_B, modified_BT, corruption)
+    post_QW = replaced_QW + kept_QW
+    Q, W = post_QW.shape
+    if not Q:
+        raise ValueError("no position is modified: nothing to predict")
+    b_Q, masked_Q1 = np.nonzero(modified_BT)[0], (visible_BT[modified_BT] == MASK)[:, None]
+    modes_CQW = np.stack([replaced_QW * masked_Q1, replaced_QW * ~masked_Q1, kept_QW])
+    totals_CW = modes_CQW.sum(1)
+    n_W = totals_CW.sum(0)
+    use_W = n_W > 0
+    per_n_W = np.divide(1.0, n_W, out=np.zeros(W), where=use_W)
+
+    def over_rows(pull_Q: np.ndarray) -> float:
+        """Standard error over rows of a sum of `pull_Q`, the influence of each position on the estimate."""
+        return float(np.sqrt((np.bincount(b_Q, pull_Q, len(visible_BT)) ** 2).sum()))
+
+    def macro_of(answer_Q: np.ndarray) -> tuple[np.ndarray, float, float]:
+        chosen_CQ = modes_CQW[:, np.arange(Q), answer_Q]
+        hits_CW = np.stack([np.bincount(answer_Q, chosen_Q, W) for chosen_Q in chosen_CQ])
+        apt_W = hits_CW.sum(0) * per_n_W
+        pull_Q = chosen_CQ.sum(0) * per_n_W[answer_Q] - post_QW @ (apt_W * per_n_W)
+        return hits_CW, float(apt_W[use_W].mean()), over_rows(pull_Q / use_W.sum())
+
+    answer_Q = post_QW.argmax(1)
+    hits_CW, macro, macro_se = macro_of(answer_Q)
+    best_hits_CW, best, best_se = macro_of((post_QW * per_n_W).argmax(1))
+    confusion_WW = np.zeros((W, W))
+    np.add.at(confusion_WW.T, answer_Q, post_QW)
+    right_Q = post_QW.max(1)
+    micro = float(right_Q.mean())
+    micro_se = over_rows((right_Q - micro) / Q)
+    return BayesApt(totals_CW, hits_CW, best_hits_CW, confusion_WW, micro, micro_se, macro, macro_se, best, best_se)
+
+
+def bayes_apt(
+    language: Language, corruption: Corruption, rows: int = 512, row_tokens: int = 62, seed: int = 0
+) -> BayesApt:
+    """The Bayes limit on `rows` fresh documents, of which a model sees the first `row_tokens` tokens."""
+    documents = sample(language, rows, seed)
+    ids_BT = documents.ids_BT[:, :row_tokens]
+    ids_BT = np.pad(ids_BT, ((0, 0), (0, row_tokens - ids_BT.shape[1])), constant_values=PAD)
+    visible_BT, modified_BT = corrupt(language, ids_BT, corruption, seed)
+    return bayes_apt_of(language, visible_BT, np.minimum(documents.length_B, row_tokens), modified_BT, corruption)

@@ -129,9 +129,9 @@ def test_prefix_and_old_norm_names_do_not_matter(tmp_path):
     tensors = bert_folder(tmp_path)
     params, _ = hf.load(tmp_path)
     renamed = {
-        name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
-        for name, v in tensors.items()
-    }  # fmt: skip
+        name.removeprefix("bert.").replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): value
+        for name, value in tensors.items()
+    }
     save_file(renamed, tmp_path / "model.safetensors")
     again, _ = hf.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params, again)

@@ -76,7 +76,7 @@ def reference(params):
     return fit(params)
 
 
-# --- schedules and optimiser -------------------------------------------------------------------------------------------
+# --- schedules and optimiser ---
 
 
 def test_the_schedule_of_the_paper_steps_once_an_epoch():
@@ -114,7 +114,7 @@ def test_the_optimiser_is_adamw_with_decay_on_everything():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *trees)
 
 
-# --- any device count --------------------------------------------------------------------------------------------------
+# --- any device count ---
 
 
 @pytest.mark.parametrize("data, model", [(4, 1), (2, 2), (1, 4)])
@@ -210,7 +210,7 @@ def test_a_batch_that_does_not_divide_is_refused(params):
         parallel.make_mesh(5)
 
 
-# --- cutting and resuming ----------------------------------------------------------------------------------------------
+# --- cutting and resuming ---
 
 
 def assert_same_bits(a, b):

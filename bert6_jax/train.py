@@ -339,7 +339,7 @@ def fit(
                     on_snapshot(now, state.params)
                 if now % every == 0 or now == cfg.steps or signals.caught:
                     save(now)
-            if signals.caught and now < cfg.steps:
+            if signals.caught:
                 unfinished.close()
                 signals.pass_on()
     if folder is not None:

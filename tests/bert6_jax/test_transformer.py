@@ -39,7 +39,7 @@ def random_ids(shape, seed=0, vocab=50):
 
 
 def test_parameter_counts_of_the_paper():
-    """Sheet, section 3: embeddings 23,542,272; a block 7,087,872; with masked-LM head 66,692,154 (encoder 66,069,504)."""
+    """Sheet, section 3: embeddings 23,542,272; a block 7,087,872; with head 66,692,154 (encoder 66,069,504)."""
     shapes = jax.eval_shape(lambda key: transformer.init(key, config.bert6()), jax.random.key(0))
     assert transformer.num_params(shapes["embed"]) == 23_542_272
     assert transformer.num_params(shapes["blocks"]) == 6 * 7_087_872

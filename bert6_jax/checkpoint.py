@@ -145,6 +145,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path} has format {description['format']!r}, this version reads {FORMAT!r}; use the version that wrote it"
         )
+    if metadata.metadata is None:  # the description is whole, the arrays are not
+        raise InputError(f"{path} is damaged: its arrays cannot be read; restore it or remove the folder")
     return description | {"tree": metadata.metadata}
 
 

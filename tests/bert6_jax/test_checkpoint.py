@@ -92,6 +92,7 @@ def test_what_is_no_checkpoint_of_ours_is_named(tmp_path):
         checkpoint.load_transformer(tmp_path / "config")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tasks that Orbax leaves behind
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     save(tmp_path / "c")
     for file in sorted((tmp_path / "c" / "state").rglob("*")):

@@ -130,9 +130,10 @@ def test_killed_at_several_moments_it_ends_with_the_same_numbers(finished, tmp_p
     """SIGKILL once in pre-training, once in the readouts, SIGTERM once later: the same tables, claims and weights."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "experiments.apt", *TINY, "--out", str(out)]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}  # as in this process: bits are promised per device count
 
     def until(sign, signum):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 240
         while process.poll() is None and not sign() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -145,7 +146,7 @@ def test_killed_at_several_moments_it_ends_with_the_same_numbers(finished, tmp_p
     assert until(lambda: b"readout-linear-seed0" in log.read_bytes(), signal.SIGKILL)[0] == -9
     code, errors = until(lambda: b"readout-linear-untrained" in log.read_bytes(), signal.SIGTERM)
     assert code == 143 and "the same command goes on" in errors and errors.strip().count("\n") == 0
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert numbers(out) == numbers(finished)
     last = "checkpoints/seed0/ws500/snapshots/step_00000016"

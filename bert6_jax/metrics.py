@@ -8,7 +8,7 @@ add them over batches, `psum` them over devices, divide once at the end.
 
 Letters beside those of the package:
 
-    G  groups of articles           R  bootstrap replicates      Q  frequency bins
+    G  groups of articles           Q  frequency bins
     E  entries (unique id pairs) of a sparse V x V matrix        P  thresholds theta
 """
 
@@ -166,37 +166,21 @@ def rise_by_bin(
     return RiseByBin(jnp.where(tokens_Q > 0, share_Q * (mean_last_Q - mean_first_Q), jnp.float32(0)), tokens_Q)
 
 
-def _bootstrap_weights(key: jax.Array, groups: int, replicates: int) -> jax.Array:
-    """How often each of `groups` is drawn in each replicate, with replacement: int32 [R, G]."""
-    draws_RG = jax.random.randint(key, (replicates, groups), 0, groups)
-    return jax.vmap(partial(jnp.bincount, length=groups))(draws_RG).astype(jnp.int32)
+@jax.jit
+def macro_apt_influence(hits_GV: Array, totals_GV: Array, include_V: Array, min_count: int | Array = 1) -> jax.Array:
+    """What each group of articles does to <APT>: the derivative by the group's weight, float32 [G], summing to 0.
 
-
-@partial(jax.jit, static_argnames=("replicates", "modes"))
-def bootstrap_macro_apt(
-    key: jax.Array,
-    counts: TokenCounts,
-    include_V: Array,
-    min_count: int | Array = 1,
-    replicates: int = 1000,
-    modes: tuple[str, ...] | None = None,
-) -> jax.Array:
-    """<APT> of `replicates` resamplings of whole groups of articles, float32 [R] (sheet, section 5.4).
-
-    counts: `TokenCounts` of each group, hits and totals [G, C, V]; group whole articles with all their masking passes,
-    because passes over one text are correlated. `jnp.quantile(mean_R, jnp.array([0.025, 0.975]))` is the interval; one
-    key for two models (or, by vmap, for all depths) makes their replicates paired, so differences have intervals too.
+    Group whole articles with all their masking passes, because passes over one text are correlated (sheet, 5.4). The
+    standard error of <APT>, given which ids were asked for, is sqrt(G / (G - 1) sum_g d_g^2) (infinitesimal jackknife);
+    of a difference of two models on the same groups it is that of the difference of their influences. Resampling the
+    groups instead would drop rare ids from T and with them shift the mean.
     """
-    h_GV, n_GV = jax.vmap(lambda one: _sum_modes(one, modes))(counts)
-    weight_RG = _bootstrap_weights(key, h_GV.shape[0], replicates).astype(jnp.float32)
-    # Float products of integers are exact below 2^24, which no count of one id reaches here; integer ones are slow.
-    tables_GHV = jnp.stack([h_GV, n_GV], axis=1).astype(jnp.float32)
-
-    def one_replicate(weight_G):
-        h_V, n_V = jnp.einsum("g,ghv->hv", weight_G, tables_GHV, precision="highest")
-        return _mean_over(_ratio(h_V, n_V), include_V & (n_V >= jnp.maximum(min_count, 1).astype(jnp.float32))).mean
-
-    return jax.lax.map(one_replicate, weight_RG, batch_size=16)
+    h_V, n_V = jnp.sum(hits_GV, axis=0), jnp.sum(totals_GV, axis=0)
+    use_V = include_V & (n_V >= jnp.maximum(min_count, 1))
+    apt_V = jnp.where(use_V, _ratio(h_V, n_V), jnp.float32(0))
+    per_n_V = jnp.where(use_V, 1 / jnp.maximum(n_V, 1).astype(jnp.float32), jnp.float32(0))
+    excess_GV = hits_GV.astype(jnp.float32) - apt_V[None] * totals_GV.astype(jnp.float32)
+    return jnp.sum(excess_GV * per_n_V[None], axis=1) / jnp.maximum(jnp.sum(use_V), 1).astype(jnp.float32)
 
 
 # ---- the best predictor without context ------------------------------------------------------------------------------

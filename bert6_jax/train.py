@@ -8,6 +8,7 @@ pure function of the step number, so a resumed run sees what the uninterrupted o
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -210,6 +211,13 @@ def device_peak_flops() -> float:
     return 2 * n**3 / min(seconds)
 
 
+@functools.lru_cache(maxsize=16)
+def _compiled(step, mesh, structure, shardings):
+    """One jitted dispatch for a step and a layout: runs that share their step compile it once in a process."""
+    out = (jax.tree.unflatten(structure, shardings), parallel.replicated(mesh))
+    return jax.jit(many_steps(step), donate_argnums=0, out_shardings=out)
+
+
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +278,8 @@ def fit(
         state = jax.device_put(jax.tree.map(jnp.array, state), shardings)
     on_start(start)
     frozen = jax.device_put(frozen, parallel.state_shardings(frozen, mesh))
-    dispatch = jax.jit(many_steps(step), donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
+    leaves, structure = jax.tree.flatten(shardings)
+    dispatch = _compiled(step, mesh, structure, tuple(leaves))
     stops = sorted({s for s in (*cfg.snapshots, cfg.steps) if s <= cfg.steps})
     every = cfg.checkpoint_every
     pending: tuple[int, int, Any] | None = None

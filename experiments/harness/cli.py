@@ -76,6 +76,8 @@ def main(
                 run.say(f"claims: {', '.join(counts)}; {run.out / 'report.html'}")
         return 0
     except InputError as error:
+        if run is not None:
+            run.forget_if_empty()  # so that the corrected command may use the same folder
         return _fail(str(error))
     except KeyboardInterrupt as error:
         code = 143 if isinstance(error, Terminated) else 130
@@ -216,7 +218,10 @@ def _reader(hint, optional: bool = False, choices=None, low=None, high=None) -> 
     def read(text: str):
         if optional and text.lower() == "none":
             return None
-        return tuple(one(part.strip()) for part in text.split(",") if part.strip()) if many else one(text)
+        values = tuple(one(part.strip()) for part in text.split(",") if part.strip()) if many else one(text)
+        if many and not values:
+            raise argparse.ArgumentTypeError("the list is empty")
+        return values
 
     return read
 

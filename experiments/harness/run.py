@@ -120,6 +120,14 @@ class Run:
             os.close(self._lock)
             self._lock = None
 
+    def forget_if_empty(self) -> None:
+        """Remove the record of a run that was refused before it produced anything."""
+        entries = {entry.name for entry in self.out.iterdir()} if self.out.is_dir() else set()
+        if self.primary and CONFIG in entries and entries <= {CONFIG, LOCK}:
+            for name in entries:
+                (self.out / name).unlink()
+            self.out.rmdir()
+
     def __enter__(self) -> Run:
         return self
 

@@ -740,7 +740,8 @@ def judge(cfg: AptConfig, corpus: Corpus, found: Study, limit: Limit | None) -> 
         add(
             "untrained-trunk", "control (ours)",
             "It is pre-training and not the readout: trained minus untrained trunk, <APT> of the last block",
-            "positive", claims.greater_than(gains, 0.0, by_groups(gains[0], d_last_G - found.control[0].influence_RG[L])),
+            "positive",
+            claims.greater_than(gains, 0.0, by_groups(gains[0], d_last_G - found.control[0].influence_RG[L])),
         )  # fmt: skip
     bound = no_context_bound(cfg, found)
     add(
@@ -841,7 +842,8 @@ def write_tables(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, limit: 
         "apt_by_block", rows,
         f"Accuracy per token by block, mean over {cfg.seeds} seed(s); apt_low and apt_high: 95 % interval over "
         f"{'seeds' if cfg.seeds > 1 else 'groups of held-out articles'}. Modified positions counted: {counted}; "
-        f"tokens: the T ids with at least {cfg.min_count} of them; loss: nats, all modes. The paper's values belong to an unpublished W_S.",
+        f"tokens: the T ids with at least {cfg.min_count} of them; loss: nats, all modes. "
+        "The paper's values belong to an unpublished W_S.",
     )  # fmt: skip
 
     rows = []

@@ -711,13 +711,13 @@ def judge(cfg: AptConfig, corpus: Corpus, found: Study, limit: Limit | None) -> 
         "rare-tokens", "Table 1", "The less frequent half of the tokens carries more of the rise of <APT> along blocks",
         "share above 0.5", outcome,
     )  # fmt: skip
-    sizes_S = [int(c[L].mutual.max_size[at]) for c in found.clusters]
+    clustered = all(int(c[L].mutual.max_size[at]) > 1 and int(c[L].mutual.kept[at]) >= 10 for c in found.clusters)
     giant = [float(c[L].mutual.giant_fraction[at]) for c in found.clusters]
-    none = claims.not_tested("no cluster of two tokens at the last block: too few tokens pass the filter", cfg.seeds)
+    none = claims.not_tested("needs 10 tokens that pass the filter and a cluster of two at the last block", cfg.seeds)
     add(
         "clusters-small", "clusters of strong matches",
         f"Clusters stay small: the largest holds under 10 % of the kept tokens (theta {cfg.theta:g}, last block)",
-        "below 0.1 (ours)", claims.less_than(giant, 0.1) if min(sizes_S) > 1 else none,
+        "below 0.1 (ours)", claims.less_than(giant, 0.1) if clustered else none,
     )  # fmt: skip
     strong = [[int(b.mutual.strong[at]) for b in (c[1], c[L])] for c in found.clusters]
     noise = [[int(b.mutual.noise[at]) / max(int(b.mutual.strong[at]), 1) for b in (c[1], c[L])] for c in found.clusters]
@@ -726,14 +726,14 @@ def judge(cfg: AptConfig, corpus: Corpus, found: Study, limit: Limit | None) -> 
         "Clusters are sharper in later blocks: fewer strong matches lie outside clusters at the last than at block 1",
         "below 0",
         claims.less_than([late - early for early, late in noise], 0.0)
-        if np.min(strong) > 0 and min(sizes_S) > 1
-        else claims.not_tested("needs strong matches at block 1 and a cluster at the last block", cfg.seeds),
+        if np.min(strong) > 0 and clustered
+        else none._replace(rule=f"{none.rule}, and strong matches at block 1"),
     )  # fmt: skip
     real = [clustered_share(c[L], at) - clustered_share(n, at) for c, n in zip(found.clusters, found.null, strict=True)]
     add(
         "clusters-null", "control (ours)",
         "More tokens are clustered than when errors are shuffled within frequency bins (difference of shares)",
-        "positive", claims.greater_than(real, 0.0),
+        "positive", claims.greater_than(real, 0.0) if clustered else none,
     )  # fmt: skip
     if found.control:
         gains = [c.apt_R[L] - u.apt_R[L] for c, u in zip(curves_S, found.control, strict=True)]

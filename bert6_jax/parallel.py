@@ -16,9 +16,14 @@ from bert6_jax.errors import InputError
 
 
 def start() -> None:
-    """Join a multi-process run when the launcher announced one (`JAX_COORDINATOR_ADDRESS`); else do nothing."""
-    if os.environ.get("JAX_COORDINATOR_ADDRESS") and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+    """Join a multi-process run when the launcher announced one (`JAX_COORDINATOR_ADDRESS`); else do nothing.
+
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are passed on; without them JAX asks the cluster (Slurm, TPU pods, ...).
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address and not jax.distributed.is_initialized():
+        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(address, count and int(count), index and int(index))
 
 
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:

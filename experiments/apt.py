@@ -108,6 +108,11 @@ class AptConfig:
     )
     n_min: int = option(1, "right predictions that an id needs to enter a cluster", "evaluation", min=1)
 
+    def __post_init__(self):
+        for name in ("subset_sizes", "count_modes"):
+            if not getattr(self, name):
+                raise InputError(f"--{name.replace('_', '-')} is empty; give at least one value")
+
     def model(self, vocab_size: int) -> TransformerConfig:
         if self.width % self.heads:
             raise InputError(f"--width {self.width} is not a multiple of --heads {self.heads}; change one of them")
@@ -1085,6 +1090,7 @@ def draw_confusion(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, shown
 
 
 def run_apt(run: Run, cfg: AptConfig) -> None:
+    cfg.model(vocab_size=100)  # settings that cannot be are told before the text is read
     corpus = load_corpus(run, cfg)
     data = next(n for n in range(jax.device_count(), 0, -1) if cfg.batch % n == 0)  # all devices that divide the batch
     mesh = parallel.make_mesh(data)

@@ -218,10 +218,7 @@ def _reader(hint, optional: bool = False, choices=None, low=None, high=None) -> 
     def read(text: str):
         if optional and text.lower() == "none":
             return None
-        values = tuple(one(part.strip()) for part in text.split(",") if part.strip()) if many else one(text)
-        if many and not values:
-            raise argparse.ArgumentTypeError("the list is empty")
-        return values
+        return tuple(one(part.strip()) for part in text.split(",") if part.strip()) if many else one(text)
 
     return read
 

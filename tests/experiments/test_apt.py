@@ -228,9 +228,33 @@ BAD = {
     "too few documents": too_few,
     "foreign folder": foreign_folder,
     "heads do not divide": lambda corpus: ([*small(corpus), "--heads", "3"], ("--heads 3",)),
+    "empty list": lambda corpus: ([*small(corpus), "--subset-sizes", ""], ("--subset-sizes",)),
     "unknown option": lambda corpus: ([*small(corpus), "--epoch", "3"], ("--epochs",)),
     "bad number": lambda corpus: ([*small(corpus), "--epochs", "many"], ("epochs", "many")),
 }
+
+
+def test_a_refused_command_does_not_occupy_its_folder(corpus, capsys):
+    out = corpus.parent / "out"
+    assert main(*small(corpus), "--heads", "3", "--quiet") == 2 and not out.exists()
+    assert main(*small(corpus), "--subset-sizes", "50", "--quiet") == 2 and not out.exists()
+
+
+def test_text_that_changed_under_a_run_is_refused(finished, tmp_path, capsys):
+    """The stages hold the fingerprints of corpus and vocabulary; another text may not go on with them."""
+    import shutil
+
+    from experiments.harness.run import _npz, write_file
+
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    with np.load(out / "stages" / "corpus.npz") as stage:
+        assert set(stage.files) == {"corpus", "vocabulary"}
+        changed = {"corpus": np.array("0" * 64), "vocabulary": stage["vocabulary"]}
+    write_file(out / "stages" / "corpus.npz", _npz(changed))
+    assert main(*TINY, "--out", out) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.count("\n") == 0 and "corpus is not the one" in message and str(out) in message
 
 
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD.keys())

@@ -113,6 +113,11 @@ class AptConfig:
             if not getattr(self, name):
                 raise InputError(f"--{name.replace('_', '-')} is empty; give at least one value")
 
+    @property
+    def sweep(self) -> list[float]:
+        """The thresholds that clusters are counted at, in order; `theta` is one of them."""
+        return sorted({*self.thetas, self.theta})
+
     def model(self, vocab_size: int) -> TransformerConfig:
         if self.width % self.heads:
             raise InputError(f"--width {self.width} is not a multiple of --heads {self.heads}; change one of them")
@@ -544,7 +549,7 @@ class Clustering(NamedTuple):
 
 
 def cluster(matrix: metrics.Confusion, cfg: AptConfig, vocab_size: int, n_min: int) -> Clustering:
-    thetas = sorted({*cfg.thetas, cfg.theta})
+    thetas = cfg.sweep
     matches = metrics.strong_matches(matrix, vocab_size, thetas[0], n_min)
     theta_P = jnp.asarray(thetas, jnp.float32)
     label_PV, mutual = metrics.threshold_sweep(matches, theta_P)
@@ -614,6 +619,17 @@ def study(run: Run, cfg: AptConfig, corpus: Corpus, mesh) -> Study:
     )
 
 
+def apt_by_bin(cfg: AptConfig, corpus: Corpus, found: Study, m: int) -> list[metrics.MacroApt]:
+    """Mean APT at depth m in each frequency bin [Q], one entry a seed."""
+    include_V, bin_V = jnp.asarray(corpus.include_V), jnp.asarray(found.bin_V)
+    return [
+        metrics.apt_by_bin(
+            token_counts(result, m), include_V, bin_V, len(found.bins), cfg.min_count, tuple(cfg.count_modes)
+        )
+        for result in found.main
+    ]
+
+
 # --- claims: every rule below was written before the runs of RESULTS.md --------------------------------------------
 
 
@@ -648,7 +664,7 @@ def judge(cfg: AptConfig, corpus: Corpus, found: Study, limit: Limit | None) -> 
     """The claims of the paper that pre-training can test, then the checks of the instrument itself."""
     M, L, several = cfg.blocks + 1, cfg.blocks, cfg.seeds > 1
     curves_S = found.curves
-    at = sorted({*cfg.thetas, cfg.theta}).index(cfg.theta)
+    at = cfg.sweep.index(cfg.theta)
     judged: list[Claim] = []
 
     def add(name, where, statement, expected, outcome):
@@ -853,13 +869,7 @@ def write_tables(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, limit: 
 
     rows = []
     for m in range(M):
-        bins = [
-            metrics.apt_by_bin(
-                token_counts(result, m), jnp.asarray(corpus.include_V), jnp.asarray(found.bin_V), len(found.bins),
-                cfg.min_count, tuple(cfg.count_modes),
-            )
-            for result in found.main
-        ]  # fmt: skip
+        bins = apt_by_bin(cfg, corpus, found, m)
         for q, (low, high) in enumerate(found.bins):
             if int(bins[0].tokens[q]):
                 apt = mean([float(b.mean[q]) for b in bins])
@@ -908,7 +918,7 @@ def write_tables(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, limit: 
     for n_min, clusters_S in sources:
         for r in range(M + 1):
             for graph in ("mutual", "either"):
-                for p, theta in enumerate(sorted({*cfg.thetas, cfg.theta})):
+                for p, theta in enumerate(cfg.sweep):
                     stats = [getattr(clusters_S[s][r], graph) for s in seeds]
                     names = (
                         "kept",
@@ -927,9 +937,7 @@ def write_tables(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, limit: 
     histogram = [
         {"block": min(r, cfg.blocks), "head": cfg.readout if r < M else "original", "size": size, "clusters": int(n)}
         for r in range(M + 1)
-        for size, n in enumerate(
-            found.clusters[0][r].mutual.histogram[sorted({*cfg.thetas, cfg.theta}).index(cfg.theta)]
-        )
+        for size, n in enumerate(found.clusters[0][r].mutual.histogram[cfg.sweep.index(cfg.theta)])
         if size and n
     ]
     run.table(
@@ -995,13 +1003,7 @@ def draw(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, limit: Limit | 
     fig, ax = figures.new()
     centre = [max(low, 0.5) * (max(high, 1) / max(low, 0.5)) ** 0.5 for low, high in found.bins]
     for m, colour in zip(range(M), figures.shades(M), strict=True):
-        bins = [
-            metrics.apt_by_bin(
-                token_counts(result, m), jnp.asarray(corpus.include_V), jnp.asarray(found.bin_V), len(found.bins),
-                cfg.min_count, tuple(cfg.count_modes),
-            )
-            for result in found.main
-        ]  # fmt: skip
+        bins = apt_by_bin(cfg, corpus, found, m)
         figures.line(ax, centre, np.mean([np.asarray(b.mean) for b in bins], axis=0), label=f"block {m}", color=colour)
     ax.set(xscale="log", xlabel="occurrences in the training subset", ylabel="mean APT of the bin", ylim=(0, None))
     ax.set_title("Accuracy per token against frequency")
@@ -1029,7 +1031,7 @@ def draw(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, limit: Limit | 
     draw_confusion(run, cfg, corpus, found)
 
     fig, axes = figures.new(1, 3, height=3.2)
-    thetas = sorted({*cfg.thetas, cfg.theta})
+    thetas = cfg.sweep
     for ax, (title, value) in zip(
         axes,
         (

@@ -140,17 +140,7 @@ def distributed(params, run, devices):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_pmap_of_the_same_step_gives_the_same_losses(params, reference, devices):
-    replicate = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x[None], (devices, *x.shape)), tree)  # noqa: E731
-    compiled = {}
-
-    def run(step, state, batch):
-        if "step" not in compiled:
-            compiled["step"] = jax.pmap(step, axis_name="data", devices=jax.devices()[:devices])
-            state = replicate(state)
-        state, metrics = compiled["step"](state, batch)
-        return state, float(metrics["loss"][0] / metrics["count"][0])
-
-    np.testing.assert_allclose(distributed(params, run, devices), reference[1], rtol=1e-5)
+    np.testing.assert_allclose(distributed(params, pmap_run(devices), devices), reference[1], rtol=1e-5)
 
 
 def test_shard_map_of_the_same_step_gives_the_same_losses(params, reference):
@@ -195,7 +185,7 @@ def pmap_run(devices):
 
     def run(step, state, batch):
         if "step" not in compiled:
-            compiled["step"] = jax.pmap(step, axis_name="data")
+            compiled["step"] = jax.pmap(step, axis_name="data", devices=jax.devices()[:devices])
             state = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (devices, *x.shape)), state)
         state, metrics = compiled["step"](state, batch)
         return state, float(metrics["loss"][0] / metrics["count"][0])

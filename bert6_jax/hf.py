@@ -1,7 +1,8 @@
 """Hugging Face BERT folders (`config.json` + `model.safetensors`) in and out, without torch.
 
-Reads models with or without masked-LM head and pooler, with or without the `bert.` prefix, gamma/beta or weight/bias
-norms; writes folders that `BertForMaskedLM.from_pretrained` opens.
+Reads models with or without masked-LM head, pooler and classifier, with or without the `bert.` prefix, gamma/beta or
+weight/bias norms; writes folders that `from_pretrained` of `BertForMaskedLM`, or of `BertForSequenceClassification`
+where the parameters hold a classifier, opens.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ _POOLER = {
     ("pooler", "kernel"): ("pooler.dense.weight", True),
     ("pooler", "bias"): ("pooler.dense.bias", False),
 }
+_CLASSIFIER = {
+    ("classifier", "kernel"): ("classifier.weight", True),
+    ("classifier", "bias"): ("classifier.bias", False),
+}
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
@@ -99,7 +104,7 @@ def config_from_hf(config: dict[str, Any], head: str, where: str = "config.json"
         raise InputError(f"{where}: field {error.args[0]!r} is missing; is it a BERT configuration?") from error
 
 
-def config_to_hf(cfg: TransformerConfig, **extra) -> dict[str, Any]:
+def config_to_hf(cfg: TransformerConfig) -> dict[str, Any]:
     """The `config.json` of a post-LN model; `InputError` for what Hugging Face's BERT cannot be."""
     if cfg.norm != "post" or cfg.causal or not cfg.types or cfg.heads * cfg.head_width != cfg.width:
         raise InputError("only post-LN, bidirectional models with token types and heads * head_width = width are BERTs")
@@ -119,13 +124,13 @@ def config_to_hf(cfg: TransformerConfig, **extra) -> dict[str, Any]:
         "attention_probs_dropout_prob": cfg.attention_dropout,
         "initializer_range": cfg.init_std,
         "tie_word_embeddings": cfg.tied,
-    } | extra
+    }
 
 
 def from_state_dict(tensors: dict[str, np.ndarray], config: dict[str, Any], where: str = "state dict"):
     """Parameters and configuration of a BERT state dict of numpy arrays (`[out, in]` matrices).
 
-    The tree has a `head` when the masked-LM head is there and a `pooler` when that is there.
+    The tree has a `head` when the masked-LM head is there, and `pooler` and `classifier` when those are.
     """
     tensors = {
         name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): value
@@ -154,8 +159,8 @@ def from_state_dict(tensors: dict[str, np.ndarray], config: dict[str, Any], wher
             _set(params, path, take(name, transposed))
         if not cfg.tied:
             _set(params, ("head", "kernel"), take("cls.predictions.decoder.weight", True))
-    if "pooler.dense.weight" in tensors:
-        for path, (name, transposed) in _POOLER.items():
+    for names, there in ((_POOLER, "pooler.dense.weight"), (_CLASSIFIER, "classifier.weight")):
+        for path, (name, transposed) in names.items() if there in tensors else ():
             _set(params, path, take(name, transposed))
     _check_shapes(params, cfg, where)
     return params, cfg
@@ -175,8 +180,9 @@ def _check_shapes(params, cfg, where):
 
 
 def to_state_dict(params, cfg: TransformerConfig) -> dict[str, np.ndarray]:
-    """The state dict of `BertForMaskedLM` (or of `BertModel`, without prefix, for `head="none"`), float32 numpy."""
-    prefix = "bert." if cfg.head == "mlm" else ""
+    """The state dict of `BertForMaskedLM`, float32 numpy; for `head="none"` that of `BertForSequenceClassification`
+    where there is a classifier, else of `BertModel`, without prefix."""
+    prefix = "bert." if cfg.head == "mlm" or "classifier" in params else ""
     tensors = {}
 
     def put(name, value, transposed):
@@ -190,6 +196,13 @@ def to_state_dict(params, cfg: TransformerConfig) -> dict[str, np.ndarray]:
     if "pooler" in params:
         for path, (name, transposed) in _POOLER.items():
             put(prefix + name, _get(params, path), transposed)
+    if "classifier" in params:
+        if "pooler" not in params:
+            raise InputError("Hugging Face's classifiers read a pooled [CLS]; fine-tune with pooling='cls' to save one")
+        if cfg.head != "none":
+            raise InputError("a classifier has no language-model head; give dataclasses.replace(cfg, head='none')")
+        for path, (name, transposed) in _CLASSIFIER.items():
+            put(name, _get(params, path), transposed)
     if cfg.head == "mlm":
         for path, (name, transposed) in _HEAD.items():
             put(name, _get(params, path), transposed)
@@ -222,11 +235,16 @@ def load(folder: str | Path):
 
 
 def save(folder: str | Path, params, cfg: TransformerConfig, **extra) -> None:
-    """Write a folder that `BertForMaskedLM.from_pretrained` opens; `extra` joins config.json (pad_token_id, ...)."""
+    """Write a folder that `from_pretrained` opens; `extra` joins config.json (pad_token_id, id2label, ...)."""
     from safetensors.numpy import save_file
 
-    config = config_to_hf(cfg, **extra)
+    if "classifier" in params:
+        labels = {str(i): f"LABEL_{i}" for i in range(params["classifier"]["kernel"].shape[-1])}
+        labels = extra.pop("id2label", labels)
+        extra = {"architectures": ["BertForSequenceClassification"], "id2label": labels,
+                 "label2id": {name: int(i) for i, name in labels.items()}} | extra  # fmt: skip
+    config, tensors = config_to_hf(cfg) | extra, to_state_dict(params, cfg)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(to_state_dict(params, cfg), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

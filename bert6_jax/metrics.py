@@ -526,3 +526,64 @@ def adjusted_rand_index(labels: Array, classes: Array) -> float:
     in_labels, in_classes, total = pairs(label_sizes), pairs(class_sizes), pairs(np.array([label.size]))
     chance, best = in_labels * in_classes / max(total, 1), (in_labels + in_classes) / 2
     return 1.0 if best == chance else (pairs(cell_sizes) - chance) / (best - chance)
+
+
+# --- confidence ------------------------------------------------------------------------------------------------------
+
+
+class Association(NamedTuple):
+    """How y goes with x over the used examples, float32; NaN where x or y does not vary."""
+
+    pearson: Array
+    spearman: Array  # tied values share their mean rank
+    slope: Array  # least squares, y per unit of x
+    change: Array  # slope times the distance of the 5th and the 95th percentile of x
+    most: Array  # the change if y went with x as closely as its own spread allows (a correlation of 1)
+    count: Array  # int32, examples used
+
+
+def _mean_rank(x_N: Array, use_N: Array) -> jax.Array:
+    """Rank of every used value among the used ones, ties sharing the mean of theirs."""
+    sorted_N = jnp.sort(jnp.where(use_N, x_N, jnp.inf))
+    low, high = (jnp.searchsorted(sorted_N, x_N, side=side).astype(jnp.float32) for side in ("left", "right"))
+    return (low + high - 1.0) / 2.0
+
+
+def _moments(x_N: Array, y_N: Array, use_N: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    weight_N = use_N.astype(jnp.float32)
+    count = jnp.maximum(weight_N.sum(), 1.0)
+    dx_N, dy_N = ((jnp.where(use_N, v, 0.0) - jnp.where(use_N, v, 0.0).sum() / count) * weight_N for v in (x_N, y_N))
+    return (dx_N * dx_N).sum(), (dy_N * dy_N).sum(), (dx_N * dy_N).sum()
+
+
+@jax.jit
+def association(x_N: Array, y_N: Array, use_N: Array) -> Association:
+    """Pearson, Spearman and slope of y on x over the examples of `use_N`; vmap it over resamples for a bootstrap."""
+    x_N, y_N = (jnp.asarray(v, jnp.float32) for v in (x_N, y_N))
+    use_N = jnp.asarray(use_N) & jnp.isfinite(x_N) & jnp.isfinite(y_N)
+    xx, yy, xy = _moments(x_N, y_N, use_N)
+    rank_xx, rank_yy, rank_xy = _moments(_mean_rank(x_N, use_N), _mean_rank(y_N, use_N), use_N)
+
+    def over(above, below):
+        return jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), jnp.nan)
+
+    slope = over(xy, xx)
+    low, high = jnp.nanpercentile(jnp.where(use_N, x_N, jnp.nan), jnp.array([5.0, 95.0]))
+    return Association(
+        over(xy, jnp.sqrt(xx) * jnp.sqrt(yy)),
+        over(rank_xy, jnp.sqrt(rank_xx) * jnp.sqrt(rank_yy)),
+        slope,
+        slope * (high - low),
+        over(jnp.sqrt(yy), jnp.sqrt(xx)) * (high - low),
+        use_N.sum(dtype=jnp.int32),
+    )
+
+
+@partial(jax.jit, static_argnames="bins")
+def equal_count_bins(x_N: Array, use_N: Array, bins: int) -> jax.Array:
+    """The bin of every example, int32 [N]: used ones in order of x, as even in number as can be; -1 for the others."""
+    use_N = jnp.asarray(use_N) & jnp.isfinite(x_N)
+    order_N = jnp.argsort(jnp.where(use_N, x_N, jnp.inf), stable=True)
+    place_N = jnp.zeros(order_N.size, jnp.int32).at[order_N].set(jnp.arange(order_N.size, dtype=jnp.int32))
+    count = jnp.maximum(use_N.sum(dtype=jnp.int32), 1)
+    return jnp.where(use_N, jnp.minimum(place_N * bins // count, bins - 1), -1)

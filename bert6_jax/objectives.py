@@ -77,10 +77,10 @@ def forward_inputs(batch: Batch) -> dict[str, jax.Array | None]:
 def masked_batch(batch: Batch, key: jax.Array, masking: MaskingConfig) -> tuple[Corrupted, jax.Array]:
     """Corrupt a batch; rows that only fill it up have no valid slot. Returns the dropout keys of the rows too."""
     keys_B = row_keys(key, batch["row"])
-    corrupted = corrupt(jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys_B), batch["ids"], masking)
+    corrupted = corrupt(transformer.fold_rows(keys_B, 0), batch["ids"], masking)
     valid_BK = corrupted.valid_BK & batch["valid"][:, None]
     overflow_B = jnp.where(batch["valid"], corrupted.overflow_B, 0)
-    dropout_keys_B = jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys_B)
+    dropout_keys_B = transformer.fold_rows(keys_B, 1)
     return corrupted._replace(valid_BK=valid_BK, overflow_B=overflow_B), dropout_keys_B
 
 

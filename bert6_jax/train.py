@@ -130,6 +130,24 @@ def grad_of(loss_fn: LossFn) -> GradFn:
     return grads_and_sums
 
 
+def bank(grad_fn: GradFn, frozen_axis: int | None = None) -> GradFn:
+    """G members trained in one step: parameters `[G, ...]`, batches `[B, G, ...]`, keys folded with the member's index.
+
+    `frozen_axis=0`: the frozen arrays are stacked too; None: all members share them. AdamW is elementwise, so a member
+    of the bank equals the same thing trained alone. The sums are means over the members; `member_count` and
+    `member_loss` [G] let `make_step` divide each member's gradient by its own count, and report `loss_0`, `loss_1`, ...
+    """
+
+    def grads_and_sums(params, batch, key, frozen):
+        G = jax.tree.leaves(params)[0].shape[0]
+        keys_G = jax.vmap(lambda g: jax.random.fold_in(key, g))(jnp.arange(G))
+        grads, sums_G = jax.vmap(grad_fn, in_axes=(0, 1, 0, frozen_axis))(params, batch, keys_G, frozen)
+        sums = jax.tree.map(lambda x_G: x_G.mean(), sums_G)
+        return grads, sums | {"member_count": sums_G["count"], "member_loss": sums_G["loss"]}
+
+    return grads_and_sums
+
+
 def make_step(grad_fn: GradFn, tx: optax.GradientTransformation, axis_name: str | None = None):
     """The pure step. Gradients and metrics are sums over examples, divided once by the global count.
 
@@ -143,8 +161,13 @@ def make_step(grad_fn: GradFn, tx: optax.GradientTransformation, axis_name: str 
         grads, sums = grad_fn(state.params, batch, key, frozen)
         if axis_name is not None:
             grads, sums = jax.lax.psum((grads, sums), axis_name)
-        scale = 1.0 / jnp.maximum(sums["count"], 1.0)
-        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        count = jnp.maximum(sums["count"], 1.0)
+        if "member_count" in sums:  # a bank
+            count_G, loss_G = jnp.maximum(sums.pop("member_count"), 1.0), sums.pop("member_loss")
+            sums |= {f"loss_{g}": loss_G[g] * count / count_G[g] for g in range(count_G.size)}
+            grads = jax.tree.map(lambda g: g / count_G.reshape(-1, *(1,) * (g.ndim - 1)).astype(g.dtype), grads)
+        else:
+            grads = jax.tree.map(lambda g: g * (1.0 / count).astype(g.dtype), grads)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to integer step counts
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

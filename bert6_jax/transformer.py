@@ -62,8 +62,9 @@ def _norm(cfg: TransformerConfig, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(cfg.norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
-def _dropout(x, keys_B, rate: float):
-    """Inverted dropout with one key a row, so that a row's mask does not depend on who shares its batch or device."""
+def dropout(x, keys_B, rate: float):
+    """Inverted dropout with one key a row, so that a row's mask does not depend on who shares its batch or device;
+    `keys_B=None` is evaluation."""
     if keys_B is None or rate == 0.0:
         return x
     threshold = round(rate * 2**16)  # 16 random bits an element: rate to 1 part in 65,536, half the cost of 32
@@ -71,7 +72,7 @@ def _dropout(x, keys_B, rate: float):
     return jnp.where(bits >= threshold, x * jnp.asarray(2**16 / (2**16 - threshold), x.dtype), jnp.zeros((), x.dtype))
 
 
-def _fold_rows(keys_B, data):
+def fold_rows(keys_B, data):
     """Each row's key for one site (a depth, a sublayer); None stays None."""
     return None if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys_B)
 
@@ -112,7 +113,7 @@ class Attention(nn.Module):
         scores_BNTT = scores_BNTT * np.float32(cfg.head_width**-0.5)
         scores_BNTT = jnp.where(mask_BTT[:, None], scores_BNTT, jnp.finfo(jnp.float32).min)
         pattern_BNTT = jax.nn.softmax(scores_BNTT, axis=-1)
-        dropped_BNTT = _dropout(pattern_BNTT.astype(cfg.dtype), _fold_rows(keys_B, 0), cfg.attention_dropout)
+        dropped_BNTT = dropout(pattern_BNTT.astype(cfg.dtype), fold_rows(keys_B, 0), cfg.attention_dropout)
         z_BTNH = jnp.einsum("bnts,bsnh->btnh", dropped_BNTT, v_BTNH)
         out_BTD = _dense(cfg, cfg.width, "out", residual=True)(z_BTNH.reshape(*split[:2], -1))
         return out_BTD, {"q": q_BTNH, "k": k_BTNH, "v": v_BTNH, "pattern": pattern_BNTT, "z": z_BTNH}
@@ -215,7 +216,7 @@ def embed(params: Params, ids_BT, cfg: TransformerConfig, *, position_BT=None, t
     if type_BT is None:
         type_BT = jnp.zeros_like(ids_BT)
     x_BTD = Embed(cfg).apply({"params": params["embed"]}, ids_BT, position_BT, type_BT)
-    return _dropout(x_BTD, keys_B, cfg.dropout)
+    return dropout(x_BTD, keys_B, cfg.dropout)
 
 
 def apply_norm(params: Params, x_XD, cfg: TransformerConfig) -> jax.Array:
@@ -232,10 +233,10 @@ def block(params: Params, x_BTD, mask_BTT, cfg: TransformerConfig, keys_B=None) 
     pre, post = cfg.norm == "pre", cfg.norm == "post"
     attn_in_BTD = norm("norm_attn", x_BTD) if pre else x_BTD
     attn_out_BTD, acts = Attention(cfg).apply({"params": params["attn"]}, attn_in_BTD, mask_BTT, keys_B)
-    resid_mid_BTD = x_BTD + _dropout(attn_out_BTD, _fold_rows(keys_B, 1), cfg.dropout)
+    resid_mid_BTD = x_BTD + dropout(attn_out_BTD, fold_rows(keys_B, 1), cfg.dropout)
     x_BTD = norm("norm_attn", resid_mid_BTD) if post else resid_mid_BTD
     mlp_out_BTD, mlp_acts = Mlp(cfg).apply({"params": params["mlp"]}, norm("norm_mlp", x_BTD) if pre else x_BTD)
-    resid_post_BTD = x_BTD + _dropout(mlp_out_BTD, _fold_rows(keys_B, 2), cfg.dropout)
+    resid_post_BTD = x_BTD + dropout(mlp_out_BTD, fold_rows(keys_B, 2), cfg.dropout)
     x_BTD = norm("norm_mlp", resid_post_BTD) if post else resid_post_BTD
     sums = {"attn_out": attn_out_BTD, "resid_mid": resid_mid_BTD, "mlp_out": mlp_out_BTD, "resid_post": resid_post_BTD}
     return x_BTD, acts | mlp_acts | sums
@@ -247,7 +248,7 @@ def blocks(params: Params, x_BTD, mask_BTT, cfg: TransformerConfig, keys_B=None)
 
     def body(x_BTD, layer):
         layer_params, depth = layer
-        y_BTD, acts = block(layer_params, x_BTD, mask_BTT, cfg, _fold_rows(keys_B, depth))
+        y_BTD, acts = block(layer_params, x_BTD, mask_BTT, cfg, fold_rows(keys_B, depth))
         return y_BTD, acts | {"resid": y_BTD}
 
     return jax.lax.scan(body, x_BTD, (params, depth_L))
@@ -265,7 +266,7 @@ def forward(
     """
     if segment_BT is None:
         segment_BT = jnp.ones_like(ids_BT)
-    embed_keys_B, block_keys_B = _fold_rows(keys_B, 0), _fold_rows(keys_B, 1)
+    embed_keys_B, block_keys_B = fold_rows(keys_B, 0), fold_rows(keys_B, 1)
     x_BTD = embed(params, ids_BT, cfg, position_BT=position_BT, type_BT=type_BT, keys_B=embed_keys_B)
     out_BTD, acts = blocks(params["blocks"], x_BTD, attention_mask(segment_BT, cfg.causal), cfg, block_keys_B)
     acts["resid"] = jnp.concatenate([x_BTD[None], acts["resid"]])

@@ -1,12 +1,15 @@
 """Accuracy per token along the blocks of BERT-6 (arXiv 2509.03407): from text to report.
 
-    python -m experiments.apt                                                  a demo on generated text, two minutes
+    python -m experiments.apt                                                  a demo on generated text, four minutes
     python -m experiments.apt --preset small --corpus FOLDER --vocab vocab.txt   real text, a small BERT-6
     python -m experiments.apt --preset paper --corpus tfds:wiki40b/en --vocab vocab.txt   the paper's scale, GPU or TPU
 
-Read from top to bottom: settings, corpus, pre-training, readout of every depth, evaluation, results, claims, figures.
-Definitions follow `bert6_jax.metrics`. Letters beside those of `bert6_jax`: R readouts (the M depths in order, then
-the model's own head at the last block), G groups of held-out articles, Q frequency bins, P thresholds.
+    python -m experiments.apt --preset small --corpus FOLDER --vocab vocab.txt --task fewrel --task-data FOLDER
+
+Read from top to bottom: settings, corpus, pre-training, readout of every depth, evaluation, results, claims, figures;
+fine-tuning (`--task`) goes on in `experiments.apt_finetune`. Definitions follow `bert6_jax.metrics`. Letters beside
+those of `bert6_jax`: R readouts (the M depths in order, then the model's own head at the last block), G groups of
+held-out articles, Q frequency bins, P thresholds.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +42,11 @@ from bert6_jax.data.windows import (
 from bert6_jax.errors import InputError
 from bert6_jax.masking import MaskingConfig
 from bert6_jax.progress import Progress
+from experiments import apt_finetune
+from experiments.apt_finetune import FinetuneConfig
 from experiments.harness import claims, cli, figures, report
 from experiments.harness.claims import Claim
+from experiments.harness.cli import option
 from experiments.harness.run import Run
 from synthetic import language
 
@@ -48,13 +54,9 @@ PAPER = "2509.03407"
 GROUPS = 20  # of held-out articles, the unit of the intervals of a single seed
 
 
-def option(default, text: str, group: str, **more):
-    return field(default=default, metadata={"help": text, "group": group} | more)
-
-
 @dataclass(frozen=True)
-class AptConfig:
-    """Every setting that can change a result. What the paper leaves open is marked (ours) in the help."""
+class PretrainConfig:
+    """Corpus, model, pre-training, readout, evaluation."""
 
     corpus: str = option("embedded", "`embedded`, a file or folder of .txt/.jsonl/.jsonl.gz, or tfds:NAME", "data")
     vocab: Path | None = option(None, "vocab.txt or tokenizer.json; none: train WordPiece on the corpus", "data")
@@ -127,18 +129,27 @@ class AptConfig:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class AptConfig(FinetuneConfig, PretrainConfig):
+    """Every setting that can change a result. What the paper leaves open is marked (ours) in the help."""
+
+
 PAPER_CONFIG = AptConfig(corpus="", subset_sizes=(20_000, 40_000, 90_000))
 PRESETS = {
     "demo": AptConfig(
-        documents=14_000, vocab_size=600, subset_sizes=(500, 2_500, 12_500), held_out=1_000, length=15,
+        documents=14_000, vocab_size=600, subset_sizes=(1_250, 12_500), held_out=1_000, length=15,
         width=64, heads=4, mlp_width=256, dropout=0.0, epochs=7, batch=64, lr=4e-3, schedule="warmup_linear",
         b2=0.98, mask_rate=0.35, slots=8, dispatch=20, checkpoint_every=400, readout_epochs=1.5, readout_lr=1e-2,
         readout_schedule="warmup_linear", passes=6,
+        task=("embedded",), finetune_epochs=16, finetune_lr=2e-3, finetune_schedule="warmup_linear", adapter_lr=5e-3,
+        probe_steps=300, transfer_snapshots=1,
     ),
     "small": AptConfig(
         corpus="", subset_sizes=(4_500, 18_000), held_out=1_247, width=128, heads=4, mlp_width=512, dropout=0.0,
         epochs=1, batch=16, lr=1e-3, schedule="warmup_linear", slots=30, checkpoint_every=100,
         readout_epochs=0.25, readout_lr=5e-3, readout_schedule="warmup_linear", passes=2,
+        train_per_class=100, test_per_class=70, finetune_epochs=10, finetune_lr=5e-4, finetune_schedule="warmup_linear",
+        adapter_lr=5e-3, transfer_snapshots=2,
     ),
     "paper": PAPER_CONFIG,
 }  # fmt: skip
@@ -1091,16 +1102,75 @@ def draw_confusion(run: Run, cfg: AptConfig, corpus: Corpus, found: Study, shown
 # --- main ------------------------------------------------------------------------------------------------------------
 
 
+def mesh_for(batch: int):
+    """All devices that divide the batch."""
+    return parallel.make_mesh(next(n for n in range(jax.device_count(), 0, -1) if batch % n == 0))
+
+
+def fine_tuning(run: Run, cfg: AptConfig, corpus: Corpus, found: Study) -> apt_finetune.Setting:
+    """What the fine-tuning stages need of all this."""
+    mesh = mesh_for(cfg.finetune_batch)
+    model = cfg.model(corpus.tokenizer.vocab_size)
+    like = jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+    steps = {
+        size: cfg.epochs * steps_per_epoch(windows.num_rows, cfg.batch) for size, windows in corpus.training.items()
+    }
+
+    def trunk_at(seed: int, size: int, step: int):
+        path = checkpoint.step_path(folder(run, cfg.seed + seed, size, "snapshots"), step)
+        return finished(path, "transformer", like, dataclasses.asdict(model), corpus, mesh)
+
+    own = cfg.blocks + 1  # the model itself, with its own head: readouts of the last block may be less trained
+
+    def apt_of(result):
+        counts = token_counts(result, own)
+        apt_V = np.array(metrics.apt(counts, tuple(cfg.count_modes)))
+        return np.where(corpus.include_V, apt_V, np.nan)
+
+    return apt_finetune.Setting(
+        model=model,
+        tokenizer=corpus.tokenizer,
+        tokenizer_record=describe(corpus.tokenizer),
+        mesh=mesh,
+        seeds=cfg.seeds,
+        sizes=steps,
+        trunk_at=trunk_at,
+        apt_SV=np.stack([apt_of(result) for result in found.main]),
+        count_SV=np.stack([result["group_totals"].sum(0) for result in found.main]),
+        matches_S=[
+            metrics.strong_matches(confusion(result, own), corpus.tokenizer.vocab_size, cfg.theta, cfg.n_min)
+            for result in found.main
+        ],
+        own_apt={
+            (size, steps[size]): float(np.mean([c.apt_R[0] for c in curves_S]))
+            for size, curves_S in found.by_size.items()
+        },
+        frequency_V=corpus.frequency_V,
+        special=tuple(corpus.tokenizer.special_ids),
+        checkpoint_every=cfg.checkpoint_every,
+    )
+
+
 def run_apt(run: Run, cfg: AptConfig) -> None:
     cfg.model(vocab_size=100)  # settings that cannot be are told before the text is read
+    lang = language.make_language(DEMO_LANGUAGE) if cfg.corpus == "embedded" else None
+    tasks = apt_finetune.load_tasks(cfg, lang, cfg.split_seed, cfg.seeds)
     corpus = load_corpus(run, cfg)
-    data = next(n for n in range(jax.device_count(), 0, -1) if cfg.batch % n == 0)  # all devices that divide the batch
-    mesh = parallel.make_mesh(data)
+    mesh = mesh_for(cfg.batch)
     found = study(run, cfg, corpus, mesh)
     limit = planted_truth(run, cfg, corpus) if corpus.lang else None
-    run.write_claims(judge(cfg, corpus, found, limit))
+    judged = judge(cfg, corpus, found, limit)
+    tuned = []
+    if tasks:
+        setting = fine_tuning(run, cfg, corpus, found)
+        tuned = apt_finetune.study(run, cfg, setting, tasks)
+        judged += apt_finetune.judge(cfg, setting, tuned)
+    run.write_claims(judged)
     write_tables(run, cfg, corpus, found, limit)
     draw(run, cfg, corpus, found, limit)
+    if tuned:
+        apt_finetune.write_tables(run, cfg, setting, tuned)
+        apt_finetune.draw(run, cfg, setting, tuned)
     first, last = (np.mean([c.apt_R[m] for c in found.curves]) for m in (0, cfg.blocks))
     summary = [
         corpus.description + ".",
@@ -1118,6 +1188,8 @@ def run_apt(run: Run, cfg: AptConfig) -> None:
             f"The generator's own (Bayes) predictor has <APT> {limit.apt:.3f} and micro accuracy {limit.micro:.3f}; "
             f"no predictor can have <APT> above {limit.apt_bound:.3f}."
         )
+    summary += apt_finetune.summary(tuned)
+    run.drop_stale()
     report.write(run, "Accuracy per token along the blocks of BERT-6", "Accuracy per token", summary, PAPER)
 
 

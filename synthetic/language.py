@@ -353,6 +353,79 @@ def sample_documents(language: Language, num_documents: int, seed: int, first: i
     return text(language, sample(language, num_documents, seed, first).ids_BT)
 
 
+class Task(NamedTuple):
+    """Texts with a label each, the same number of every class."""
+
+    texts: list[str]
+    label_N: np.ndarray  # int32
+    classes: tuple[str, ...]
+
+
+TASKS = ("topic", "relation")
+
+
+def make_task(language: Language, name: str, per_class: int, seed: int) -> Task:
+    """A classification task whose label the generator knows, `per_class` documents of every class, in random order.
+
+    `topic`     the main topic: told by any of the content words, in any order.
+    `relation`  what is said of whom: the cue of the subject and the cue of the object of the first sentence that has
+                both. They share their words, so a bag of words does not tell (small, young) from (young, small): the
+                model has to bind each cue to its noun.
+
+    Swapping a content word for another member of its planted class keeps both labels; swapping a cue changes the
+    second. Documents of another `seed` than the corpus's are new ones.
+    """
+    if name not in TASKS:
+        raise InputError(f"embedded task {name!r}; choose one of {', '.join(TASKS)}")
+    if per_class < 1:
+        raise ValueError(f"per_class={per_class}: at least 1")
+    if name == "topic":
+        classes = tuple(f"topic {z}" for z in range(language.config.topics))
+    else:
+        missing = [slot for slot in ("subject", "object") if slot not in language.slots]
+        if missing:
+            raise InputError(f"embedded task 'relation': the language has no {missing[0]}; give it a template with one")
+        cues = [[language.words[w] for w in language.slots[slot].cues_Y] for slot in ("subject", "object")]
+        classes = tuple(f"{a} -> {b}" for a in cues[0] for b in cues[1])
+
+    texts: list[list[str]] = [[] for _ in classes]
+    first = 0
+    while min(map(len, texts)) < per_class:
+        if first >= 10_000 * per_class * len(classes):
+            raise InputError(f"embedded task {name!r}: some class never appears in this language; change its templates")
+        documents = sample(language, 4 * _BLOCK, seed, first)
+        first += 4 * _BLOCK
+        label_B = documents.topic_B if name == "topic" else _relation(language, documents)
+        for label, words in zip(label_B.tolist(), text(language, documents.ids_BT), strict=True):
+            if label >= 0 and len(texts[label]) < per_class:
+                texts[label].append(words)
+    order = _random(seed, 2**34).permutation(per_class * len(classes))
+    flat = [words for group in texts for words in group]
+    label_N = np.repeat(np.arange(len(classes), dtype=np.int32), per_class)
+    return Task([flat[i] for i in order], label_N[order], classes)
+
+
+def _relation(language: Language, documents: Documents) -> np.ndarray:
+    """Class of the relation task of every document, -1 where no sentence has both a subject and an object."""
+    at = []
+    for slot in ("subject", "object"):
+        cue_BT = documents.role_BT == language.roles.index(f"{slot}~")
+        sentence_BT = np.where(cue_BT, documents.sentence_BT, -1)
+        at.append((cue_BT, sentence_BT))
+    E = int(documents.sentence_BT.max()) + 1
+    has_BE = np.stack([np.stack([(s == e).any(1) for e in range(E)], 1) for _, s in at]).all(0)
+    first_B = np.where(has_BE.any(1), has_BE.argmax(1), -1)
+    parts = []
+    for (cue_BT, sentence_BT), slot in zip(at, ("subject", "object"), strict=True):
+        here_BT = cue_BT & (sentence_BT == first_B[:, None])
+        word_B = np.where(here_BT, documents.ids_BT, -1).max(1)
+        number_W = np.full(len(language.words), -1)
+        number_W[language.slots[slot].cues_Y] = np.arange(len(language.slots[slot].cues_Y))
+        parts.append(np.where(word_B >= 0, number_W[np.maximum(word_B, 0)], -1))
+    label_B = parts[0] * len(language.slots["object"].cues_Y) + parts[1]
+    return np.where((first_B >= 0) & (parts[0] >= 0) & (parts[1] >= 0), label_B, -1)
+
+
 def word_ids(language: Language, vocab: dict[str, int]) -> np.ndarray:
     """What every id of a tokenizer means to `posterior`: a word of the language, MASK, PAD or OTHER; int32 [V].
 

@@ -36,7 +36,7 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _TFDS_SPEC = re.compile(r"tfds:(?P<name>\w+(?:/[\w.+-]+)?)(?::(?P<version>\d+\.\d+\.\d+))?(?::(?P<split>.+))?")
 # wiki40b marks its structure inside the text; as words the marks would open every window.
 _WIKI40B_MARKS = re.compile(r"_(?:START_ARTICLE|START_SECTION|START_PARAGRAPH|NEWLINE)_")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Document(NamedTuple):
@@ -110,7 +110,7 @@ class FileSource:
         except FileNotFoundError as error:
             raise InputError(f"{self.path}: no such file or folder; check the path of the corpus") from error
         except OSError as error:
-            raise _cannot_read(self.path, error) from error
+            raise cannot_read(self.path, error) from error
         if stat.S_ISREG(mode):
             if not self.path.name.endswith(SUFFIXES):
                 raise InputError(f"{self.path}: not a {', '.join(SUFFIXES)} file; rename or convert it")
@@ -119,7 +119,7 @@ class FileSource:
             raise InputError(f"{self.path}: neither a file nor a folder; give a corpus on disk")
 
         def unreadable(error: OSError):
-            raise _cannot_read(Path(error.filename), error) from error
+            raise cannot_read(Path(error.filename), error) from error
 
         found = []
         for folder, folders, names in os.walk(self.path, onerror=unreadable):
@@ -158,7 +158,7 @@ class FileSource:
         else:
             lines: list[str] = []
             first = 1
-            for number, line in _lines(file):
+            for number, line in lines_of(file):
                 if line.strip():
                     first = first if lines else number
                     lines.append(line)
@@ -169,18 +169,8 @@ class FileSource:
                 yield Document(f"{name}:{first}", "".join(lines), f"{file}:{first}")
 
     def _read_jsonl(self, file: Path, name: str) -> Iterator[Document]:
-        for number, line in _lines(file):
-            if not line.strip():
-                continue
+        for number, row in json_rows(file, f'write {{"{self.text_field}": ...}}'):
             where = f"{file}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
-                raise InputError(f"{where}: not JSON ({first_line(error)}); repair or delete the line") from error
-            if not isinstance(row, dict):
-                raise InputError(
-                    f'{where}: a JSON {_json_kind(row)}, not an object; write {{"{self.text_field}": ...}}'
-                )
             if self.text_field not in row:
                 fields = ", ".join(map(repr, row)) or "none"
                 raise InputError(
@@ -189,10 +179,10 @@ class FileSource:
             text = row[self.text_field]
             if not isinstance(text, str):
                 raise InputError(
-                    f"{where}: field {self.text_field!r} is a JSON {_json_kind(text)}, not a string; "
+                    f"{where}: field {self.text_field!r} is a JSON {json_kind(text)}, not a string; "
                     "repair it or name the text field"
                 )
-            if not text.isascii() and _SURROGATE.search(text):
+            if not text.isascii() and SURROGATE.search(text):
                 raise InputError(
                     f"{where}: field {self.text_field!r} holds half of a surrogate pair (\\ud800-\\udfff), "
                     "which is no character; repair or delete the line"
@@ -223,22 +213,12 @@ class TfdsSource:
             raise InputError(f"{self.spec}: not a TFDS name; write tfds:NAME[/CONFIG][:VERSION][:SPLIT]")
         try:
             import tensorflow_datasets as tfds
-            from tensorflow_datasets.core import read_only_builder
         except ImportError as error:
             raise InputError(f"{self.spec}: needs TFDS; pip install 'bert6-jax[tfds]'") from error
         name = match["name"] + (f":{match['version']}" if match["version"] else "")
         split = match["split"] or "train"
         data_dir = tfds.core.constants.get_default_data_dir()
-        prepare = (
-            f"TFDS_DATA_DIR={shlex.quote(data_dir)} python -c "
-            '"import tensorflow_datasets as tfds, tensorflow_datasets.text; '
-            f"tfds.builder('{name}', file_format='array_record').download_and_prepare()\""
-        )
-        try:
-            # From the prepared files alone: nothing is fetched.
-            builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
-        except (tfds.core.DatasetNotFoundError, FileNotFoundError) as error:
-            raise InputError(f"{self.spec}: not prepared in {data_dir}; prepare it once with: {prepare}") from error
+        builder, prepare = prepared_tfds(self.spec, name, data_dir)
         try:
             rows = builder.as_data_source(split=split)
         except NotImplementedError as error:
@@ -294,12 +274,28 @@ class TfdsSource:
             )
 
 
+def prepared_tfds(spec: str, name: str, data_dir: str):
+    """The read-only builder of a set that lies prepared in `data_dir`, and the command that would prepare it."""
+    from tensorflow_datasets.core import DatasetNotFoundError, read_only_builder
+
+    prepare = (
+        f"TFDS_DATA_DIR={shlex.quote(data_dir)} python -c "
+        '"import tensorflow_datasets as tfds, tensorflow_datasets.text; '
+        f"tfds.builder('{name}', file_format='array_record').download_and_prepare()\""
+    )
+    try:
+        # From the prepared files alone: nothing is fetched.
+        return read_only_builder.builder_from_files(name, data_dir=data_dir), prepare
+    except (DatasetNotFoundError, FileNotFoundError) as error:
+        raise InputError(f"{spec}: not prepared in {data_dir}; prepare it once with: {prepare}") from error
+
+
 def read_bytes(path: Path) -> bytes:
     """The file's bytes; an InputError names a file that cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _cannot_read(path, error) from error
+        raise cannot_read(path, error) from error
 
 
 def read_text(path: Path) -> str:
@@ -331,7 +327,7 @@ def _with_text(documents: Iterable[Document], where: str) -> Iterator[Document]:
         raise InputError(f"{where}: the corpus is empty; give one with text in it")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, decoded line with its newline) of a plain or gzipped file."""
     number = 0
     try:
@@ -343,10 +339,24 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             f"{path}: gzip data cut short or damaged after line {number} ({first_line(error)}); copy the file again"
         ) from error
     except OSError as error:
-        raise _cannot_read(path, error) from error
+        raise cannot_read(path, error) from error
 
 
-def _cannot_read(path: Path, error: OSError) -> InputError:
+def json_rows(path: Path, remedy: str) -> Iterator[tuple[int, dict]]:
+    """(line number from 1, object) of JSON lines, blank lines left out; `remedy` is for a line that is no object."""
+    for number, line in lines_of(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
+            raise InputError(f"{path}:{number}: not JSON ({first_line(error)}); repair or delete the line") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: a JSON {json_kind(row)}, not an object; {remedy}")
+        yield number, row
+
+
+def cannot_read(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be read ({error.strerror or first_line(error)}); check the path and permissions")
 
 
@@ -357,12 +367,12 @@ def _fingerprint(header: list, named_files: list[tuple[str, Path]]) -> str:
             with open(path, "rb") as handle:
                 content = hashlib.file_digest(handle, "sha256").hexdigest()
         except OSError as error:
-            raise _cannot_read(path, error) from error
+            raise cannot_read(path, error) from error
         total.update(json.dumps([name, content]).encode())
     return total.hexdigest()
 
 
-def _json_kind(value: object) -> str:
+def json_kind(value: object) -> str:
     kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return kinds.get(type(value), "number")
 

@@ -1,7 +1,8 @@
 """The command line of an experiment: options out of its config dataclass, and one clear line for everything bad.
 
 Every field of the config becomes an option: its type hint says how to read it (int, float, str, bool, Path, tuples of
-them, `| None`), its metadata how to explain it: `help`, and if wanted `choices`, `min`, `max`, `group`.
+them, `| None`), its metadata how to explain it: `help`, and if wanted `choices`, `min`, `max`, `group`; `may_change`
+marks settings of later stages, which may differ when a run folder is used again. `option` makes such a field.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class Arguments(NamedTuple):
     compilation_cache: bool
 
 
+def option(default, text: str, group: str, **more):
+    """A field of a config dataclass with its help text and group."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group} | more)
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: the batch system wants the machine back."""
 
@@ -70,6 +76,7 @@ def main(
                 dataclasses.asdict(arguments.config),
                 command=command,
                 quiet=arguments.quiet,
+                may_change=[f.name for f in dataclasses.fields(config_class) if f.metadata.get("may_change")],
             ) as run:
                 run_fn(run, arguments.config)
                 counts = [f"{sum(claim.verdict == verdict for claim in run.claims)} {verdict}" for verdict in VERDICTS]

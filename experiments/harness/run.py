@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,23 +81,33 @@ class Run:
         self.figures: dict[str, Figure] = {}
         self.claims: list[Claim] = []
         self._lock = lock
+        self._command: str | None = None
         self._last_step: dict[str, int] = {}
 
     @classmethod
     def open(
-        cls, out: Path | str, experiment: str, config: Mapping, *, command: str | None = None, quiet: bool = False
+        cls,
+        out: Path | str,
+        experiment: str,
+        config: Mapping,
+        *,
+        command: str | None = None,
+        quiet: bool = False,
+        may_change: Collection[str] = (),
     ) -> Run:
         """Start a run in the folder `out`, or go on with the one that is there.
 
         `config` holds every setting that can change a result (JSON-like values; `dataclasses.asdict` of the
-        experiment's config). Raises `InputError` and changes nothing if `out` is no folder, holds other things,
-        another experiment or other settings, or is in use by another process.
+        experiment's config). Those named in `may_change` belong to later stages, which carry them in their names: they
+        may differ from the folder's, and config.json takes the newest when the claims are written. Raises `InputError`
+        and changes nothing if `out` is no folder, holds other things, another experiment or other settings, or is in
+        use by another process.
         """
         out = Path(out)
         config = jsonable(config)
         lock = None
         try:
-            record = _existing(out, experiment, config)
+            record = _existing(out, experiment, config, may_change)
             if jax.process_index() == 0:
                 out.mkdir(parents=True, exist_ok=True)
                 lock = _lock(out)
@@ -107,12 +117,14 @@ class Run:
             raise InputError(f"{out} cannot be used: {error.strerror}; use another --out") from error
         if lock is not None:
             try:
-                record = _existing(out, experiment, config)  # again, now that nobody else can write
+                record = _existing(out, experiment, config, may_change)  # again, now that nobody else can write
                 record = _write_record(out, experiment, config, command, record)
             except BaseException:
                 os.close(lock)
                 raise
-        return cls(out, experiment, config, record or {}, lock, quiet)
+        run = cls(out, experiment, config, record or {}, lock, quiet)
+        run._command = command
+        return run
 
     def close(self) -> None:
         """Give the folder free for other processes."""
@@ -127,6 +139,13 @@ class Run:
             for name in entries:
                 (self.out / name).unlink()
             self.out.rmdir()
+
+    def drop_stale(self) -> None:
+        """Remove tables and figures that this call has not written: they belong to earlier settings."""
+        for kind, suffix, written in (("tables", "csv", self.tables), ("figures", "png", self.figures)):
+            for path in (self.out / kind).glob(f"*.{suffix}") if self.primary else ():
+                if path.stem not in written:
+                    path.unlink()
 
     def __enter__(self) -> Run:
         return self
@@ -248,6 +267,9 @@ class Run:
         if len(set(ids)) != len(ids):
             raise ValueError(f"claim ids repeat: {ids}")
         self.claims = list(claims)
+        if self.primary and self.record.get("config") != self.config:  # settings of later stages, see `open`
+            self.record |= {"config": self.config, "command": self._command}
+            write_file(self.out / CONFIG, _dumps(jsonable(self.record), indent=2) + b"\n")
         if self.primary:
             entries = jsonable([dataclasses.asdict(claim) for claim in claims])
             write_file(self.out / "claims.json", _dumps(entries, indent=2) + b"\n")
@@ -332,7 +354,7 @@ def _git_commit() -> str | None:
         return None
 
 
-def _existing(out: Path, experiment: str, config: dict) -> dict | None:
+def _existing(out: Path, experiment: str, config: dict, may_change: Collection[str]) -> dict | None:
     """The record of the run in `out` if it is this one, None for a new folder, `InputError` for anything else."""
     path = out / CONFIG
     if out.exists() and not out.is_dir():
@@ -353,7 +375,11 @@ def _existing(out: Path, experiment: str, config: dict) -> dict | None:
         message = f"{out} holds a run of experiment {there!r}, not of {experiment!r}; use another --out"
         raise InputError(message)
     wanted = _flat(config)
-    names = [key for key in wanted | settings if settings.get(key, _ABSENT) != wanted.get(key, _ABSENT)]
+    names = [
+        key
+        for key in wanted | settings
+        if key not in may_change and settings.get(key, _ABSENT) != wanted.get(key, _ABSENT)
+    ]
     if names:
         shown = [f"{name} is {_short(settings, name)} there and {_short(wanted, name)} here" for name in names[:3]]
         more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
@@ -432,7 +458,7 @@ def _keep(line: bytes, stage: str, step: int) -> bool:
 
 
 def _storable(stage: str, key: str, value) -> np.ndarray:
-    array = np.array(value)
+    array = np.array(value, order="C")  # as it will be read: sums over another layout differ in the last bit
     if array.dtype.kind not in "biufcSU":
         raise TypeError(f"stage {stage!r} returned {key!r} as {array.dtype}; numbers, booleans and strings can be kept")
     return array

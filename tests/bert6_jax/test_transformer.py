@@ -162,7 +162,7 @@ def test_dropout_belongs_to_the_row():
 
 def test_dropout_rate_and_scale():
     keys_B = jax.random.split(jax.random.key(0), 8)
-    x = transformer._dropout(jnp.ones((8, 4_000)), keys_B, 0.1)
+    x = transformer.dropout(jnp.ones((8, 4_000)), keys_B, 0.1)
     share = float((x == 0).mean())
     assert abs(share - 0.1) < 4 * np.sqrt(0.1 * 0.9 / x.size)
     np.testing.assert_allclose(float(x.max()), 1 / 0.9, rtol=1e-4)

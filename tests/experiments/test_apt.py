@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 TINY = [
     "--documents", "700", "--subset-sizes", "100,500", "--held-out", "150", "--epochs", "2", "--passes", "1",
     "--readout-epochs", "0.5", "--blocks", "2", "--width", "16", "--heads", "2", "--mlp-width", "32",
-    "--dispatch", "2", "--checkpoint-every", "4", "--quiet",
+    "--dispatch", "2", "--checkpoint-every", "4", "--quiet", "--task", "",
 ]  # fmt: skip
 
 

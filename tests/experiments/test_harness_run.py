@@ -469,3 +469,45 @@ def test_two_processes_of_one_run_share_its_folder(tmp_path):
         assert [process.returncode for process in processes] == [0, 0], errors
     assert sorted(tree(tmp_path / "run")) == ["config.json", "metrics.jsonl", "stages/stage.npz", "tables/t.csv"]
     assert (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").count("\n") == 1
+
+
+def test_settings_of_later_stages_may_change_and_are_recorded_with_the_claims(tmp_path):
+    def opened(**config):
+        return Run.open(tmp_path / "run", "apt", config, quiet=True, command=f"c {config}", may_change=["task", "new"])
+
+    def config():
+        return json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+
+    with opened(lr=1, task="a") as run:
+        run.stage("one", lambda: {"x": 1})
+    with opened(lr=1, task="b", new=3) as run:  # a setting that the first version did not have
+        assert config() == {"lr": 1, "task": "a"}
+        run.write_claims([])
+    assert config() == {"lr": 1, "task": "b", "new": 3}
+    with pytest.raises(InputError, match="lr is 1 there and 2 here"):
+        opened(lr=2, task="b", new=3)
+    with opened(lr=1, task="typo", new=3) as run:
+        run.forget_if_empty()
+    assert config() == {"lr": 1, "task": "b", "new": 3}
+    assert (tmp_path / "run" / "stages" / "one.npz").exists()
+
+
+def test_tables_and_figures_of_earlier_settings_go(tmp_path):
+    with Run.open(tmp_path / "run", "apt", {}, quiet=True) as run:
+        run.table("old", {"x": [1]})
+        run.table("kept", {"x": [1]})
+    with Run.open(tmp_path / "run", "apt", {}, quiet=True) as run:
+        run.table("kept", {"x": [2]})
+        run.drop_stale()
+    assert [file.name for file in (tmp_path / "run" / "tables").iterdir()] == ["kept.csv"]
+
+
+def test_a_stage_has_one_memory_layout_computed_or_loaded(tmp_path):
+    def strided():
+        return {"x": np.moveaxis(np.random.default_rng(0).random((7, 5, 300), np.float32), 0, 1)}
+
+    sums = []
+    for _ in range(2):
+        with Run.open(tmp_path / "run", "apt", {}, quiet=True) as run:
+            sums.append(run.stage("one", strided)["x"].mean(-1))
+    np.testing.assert_array_equal(*sums)

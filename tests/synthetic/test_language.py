@@ -14,6 +14,7 @@ from scipy.stats import chi2_contingency
 from bert6_jax.data.tokenizer import train_wordpiece
 from bert6_jax.errors import InputError
 from bert6_jax.metrics import adjusted_rand_index
+from synthetic import language
 from synthetic.language import (
     MASK,
     OTHER,
@@ -396,3 +397,46 @@ def test_one_sentence_documents_are_a_setting():
     assert documents.sentence_BT.max() == 0
     limit = bayes_apt(language, Corruption(450), rows=300, row_tokens=14)
     assert 0.3 < limit.macro <= limit.best < 1
+
+
+@pytest.mark.parametrize("documents", ["one sentence", "several"])
+def test_tasks_have_the_labels_that_their_texts_show(documents):
+    several = language.LanguageConfig()
+    config = several if documents == "several" else language.LanguageConfig(min_tokens=6, side_topic=0.0)
+    lang = language.make_language(config)
+    topic = language.make_task(lang, "topic", 30, seed=5)
+    assert np.bincount(topic.label_N).tolist() == [30] * config.topics
+    again = language.make_task(lang, "topic", 30, seed=5)
+    assert topic.texts == again.texts and np.array_equal(topic.label_N, again.label_N)
+    topic_of = {}
+    for slot in lang.slots.values():
+        for z in range(config.topics):
+            topic_of |= {lang.words[w]: z for w in slot.words_GZX[:, z].ravel()}
+    for words, label in zip(topic.texts, topic.label_N, strict=True):
+        found = [topic_of[w.strip(".,")] for w in words.split() if w.strip(".,") in topic_of]
+        assert label in found  # a side topic may stand there too
+
+    relation = language.make_task(lang, "relation", 10, seed=5)
+    assert len(relation.classes) == 12 and np.bincount(relation.label_N).tolist() == [10] * 12
+    cues = {slot: {lang.words[w] for w in lang.slots[slot].cues_Y} for slot in ("subject", "object")}
+    nouns = {slot: {lang.words[w] for w in lang.slots[slot].words_GZX.ravel()} for slot in ("subject", "object")}
+    for words, label in zip(relation.texts, relation.label_N, strict=True):
+        for sentence in words.split("."):
+            tokens = sentence.replace(",", "").split()
+            at = {slot: [i for i, w in enumerate(tokens) if w in nouns[slot]] for slot in nouns}
+            if at["subject"] and at["object"]:
+                found = [tokens[at[slot][0] - 1] for slot in ("subject", "object")]
+                assert found[0] in cues["subject"] and found[1] in cues["object"]
+                assert " -> ".join(found) == relation.classes[label]
+                break
+        else:
+            raise AssertionError(words)
+
+
+def test_tasks_that_cannot_be_are_refused():
+    lang = language.make_language()
+    with pytest.raises(InputError, match="'mood'; choose one of topic, relation"):
+        language.make_task(lang, "mood", 3, 0)
+    bare = language.LanguageConfig(members=(("verb", 3),), templates=(("the verb~ verb .", 1.0),))
+    with pytest.raises(InputError, match="no subject"):
+        language.make_task(language.make_language(bare), "relation", 3, 0)

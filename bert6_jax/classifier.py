@@ -78,10 +78,15 @@ def logits(params: Params, batch: Batch, cfg: TransformerConfig, pooling: str, k
     """Float32 logits `[B, C]`; `keys_B`: one dropout key a row, None for evaluation."""
     trunk_keys_B, head_keys_B = transformer.fold_rows(keys_B, 0), transformer.fold_rows(keys_B, 1)
     out_BTD, _ = transformer.forward(params, batch["ids"], cfg, keys_B=trunk_keys_B, **forward_inputs(batch))
-    x_BD = pool(out_BTD, batch["segment"], pooling)
+    return head_logits(params, out_BTD, batch["segment"], cfg, pooling, head_keys_B)
+
+
+def head_logits(params: Params, out_BTD, segment_BT, cfg: TransformerConfig, pooling: str, keys_B=None) -> jax.Array:
+    """Logits `[B, C]` of what the trunk gives, `[B, T, D]`."""
+    x_BD = pool(out_BTD, segment_BT, pooling)
     if pooling == "cls":
         x_BD = jnp.tanh(_affine(params["pooler"], x_BD))
-    return _affine(params["classifier"], transformer.dropout(x_BD, head_keys_B, cfg.dropout))
+    return _affine(params["classifier"], transformer.dropout(x_BD, keys_B, cfg.dropout))
 
 
 # --- what is trained, and what stays ---------------------------------------------------------------------------------

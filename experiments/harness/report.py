@@ -1,8 +1,8 @@
 """`report.html`: one page that needs nothing but itself.
 
-Styles are inline, pictures are data URLs, there is no script and the page's own policy forbids any, so text from the
-data (an article with `<script>` in it, a token `<img onerror=...>`) can only ever be text. Every string is escaped
-where it enters the page.
+Styles are inline, pictures are data URLs, and the page's own policy forbids every script but one, named by its hash,
+that is there only for a browser of features (`browser.py`). So text from the data (an article with `<script>` in it, a
+token `<img onerror=...>`) can only ever be text. Every string is escaped where it enters the page.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from experiments.harness import browser
 from experiments.harness.claims import VERDICTS, Claim
 from experiments.harness.run import Figure, Run, Table, write_file
 
@@ -53,10 +54,7 @@ code, pre { font: .88em ui-monospace, monospace; } pre { background: var(--card)
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
   figure, .claims li, .block { break-inside: avoid; } .scroll { overflow: visible; } }
 """
-_POLICY = (
-    "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-    f"style-src 'sha256-{base64.b64encode(hashlib.sha256(_CSS.encode()).digest()).decode()}'"
-)
+_POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; style-src "
 
 
 def write(run: Run, title: str, paper: str, summary: Sequence[str], arxiv: str = "") -> None:
@@ -75,6 +73,8 @@ def _page(run: Run, title: str, paper: str, summary: Sequence[str], arxiv: str) 
     parts = {
         "Claims": _claims(run.claims),
         "Figures": "".join(map(_figure, run.figures.values())),
+        "Sentences": "".join(run.coloured.values()),
+        "Features": "".join(run.browsers.values()),
         "Tables": "".join(map(_table, run.tables.values())),
         "Configuration": _configuration(run),
     }
@@ -84,15 +84,20 @@ def _page(run: Run, title: str, paper: str, summary: Sequence[str], arxiv: str) 
         f'<section aria-labelledby="{name.lower()}"><h2 id="{name.lower()}">{name}</h2>\n{part}</section>\n'
         for name, part in parts.items()
     )
+    css = _CSS + browser.CSS if run.coloured or run.browsers else _CSS
+    policy, script = _POLICY + _hash(css), ""
+    if run.browsers:
+        policy += f"; script-src {_hash(browser.SCRIPT)}"
+        script = f"<script>{browser.SCRIPT}</script>\n"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{_text(title)}</title>
 <link rel="icon" href="data:,">
-<style>{_CSS}</style>
+<style>{css}</style>
 </head>
 <body>
 <header>
@@ -103,9 +108,14 @@ def _page(run: Run, title: str, paper: str, summary: Sequence[str], arxiv: str) 
 </header>
 <main>
 {sections}</main>
-</body>
+{script}</body>
 </html>
 """
+
+
+def _hash(text: str) -> str:
+    """How a content security policy names an inline style or script."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _claims(claims: Sequence[Claim]) -> str:

@@ -41,6 +41,7 @@ import numpy as np
 import bert6_jax
 from bert6_jax.errors import InputError
 from experiments.harness import figures
+from experiments.harness.browser import Context, Group, browser_html, sentences_html
 from experiments.harness.claims import Claim
 
 CONFIG, LOCK = "config.json", ".lock"
@@ -79,6 +80,8 @@ class Run:
         self.primary = jax.process_index() == 0
         self.tables: dict[str, Table] = {}
         self.figures: dict[str, Figure] = {}
+        self.coloured: dict[str, str] = {}  # HTML for the report, by name, as are the browsers
+        self.browsers: dict[str, str] = {}
         self.claims: list[Claim] = []
         self._lock = lock
         self._command: str | None = None
@@ -260,6 +263,22 @@ class Run:
         if self.primary:
             write_file(path, png)
         self.figures[name] = Figure(name, alt, caption, png)
+
+    def sentences(
+        self,
+        name: str,
+        rows: Sequence[Context],
+        caption: str = "",
+        *,
+        measure: str = "value",
+        limits: tuple[float, float] | None = None,
+    ) -> None:
+        """Keep coloured sentences for the report, see `browser.sentences_html`."""
+        self.coloured[name] = sentences_html(_checked(name), rows, caption, measure=measure, limits=limits)
+
+    def browser(self, name: str, groups: Sequence[Group], caption: str = "") -> None:
+        """Keep a browser of sparse features for the report, see `browser.browser_html`."""
+        self.browsers[name] = browser_html(_checked(name), groups, caption)
 
     def write_claims(self, claims: Sequence[Claim]) -> None:
         """Write `claims.json`, a list of objects, and keep the claims for the report."""

@@ -1,0 +1,227 @@
+"""What a dictionary is trained on: the losses of `sae_jax.dictionary`'s docstring, one member of a bank at a time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import sparse
+from sae_jax.config import DictionaryConfig, TrainConfig
+from sae_jax.dictionary import (
+    Params,
+    gated,
+    pre_activations,
+    product_with_decoder,
+    reconstruction,
+)
+
+
+class Hyper(NamedTuple):
+    """What the members of one bank may differ in; scalars, or `[G]` in a bank. All of it is data, nothing is compiled
+    anew for other values."""
+
+    lr: Any = 3e-4
+    k: Any = 32  # topk, batch_topk: at most `cfg.k`
+    sparsity: Any = 1.0  # lambda
+    pre_act: Any = 0.0  # mu, jumprelu's pre-activation loss
+    aux: Any = 1 / 32  # weight of the auxiliary loss
+
+
+class Parts(NamedTuple):
+    """What a loss is made of; means over the rows of a batch."""
+
+    loss: jax.Array  # []
+    error: jax.Array  # [] |x - xhat|^2
+    penalty: jax.Array  # [] sparsity terms as they enter the loss
+    aux: jax.Array  # [] auxiliary term as it enters the loss
+    l0: jax.Array  # []
+    least: jax.Array  # [] smallest positive code of the batch (inf: none)
+    fired_F: jax.Array  # bool: did the latent fire on any row
+
+
+# --- jumprelu --------------------------------------------------------------------------------------------------------
+
+
+def _window(pre, tau, cfg: DictionaryConfig) -> jax.Array:
+    """1 / epsilon within epsilon / 2 of the threshold: the rectangle kernel."""
+    return jnp.where(jnp.abs(pre - tau) < cfg.bandwidth / 2, np.float32(1 / cfg.bandwidth), 0.0)
+
+
+def jump(pre_BF: jax.Array, log_threshold_F: jax.Array, cfg: DictionaryConfig) -> jax.Array:
+    """pre 1[pre > tau] with the straight-through gradient of arXiv 2407.14435 (eq. 11) for the threshold.
+
+    d z / d tau = -tau / epsilon in the window. `straight_through="tau2"` goes on to log tau by the chain rule, another
+    factor tau (the paper, SAELens, OpenMOSS); `tau1` leaves that out (crosscode): 10 times larger at tau = 0.1.
+    """
+    return _straight_through(pre_BF, log_threshold_F, cfg, True)
+
+
+def active(pre_BF: jax.Array, log_threshold_F: jax.Array, cfg: DictionaryConfig) -> jax.Array:
+    """1[pre > tau] with the straight-through gradient of arXiv 2407.14435 (eq. 12) for the threshold alone."""
+    return _straight_through(pre_BF, log_threshold_F, cfg, False)
+
+
+def _straight_through(pre_BF, log_threshold_F, cfg: DictionaryConfig, values: bool):
+    @jax.custom_vjp
+    def f(pre_BF, log_threshold_F):
+        on_BF = pre_BF > jnp.exp(log_threshold_F)[None]
+        return jnp.where(on_BF, pre_BF if values else 1.0, 0.0)
+
+    def forward(pre_BF, log_threshold_F):
+        return f(pre_BF, log_threshold_F), (pre_BF, log_threshold_F)
+
+    def backward(saved, g_BF):
+        pre_BF, log_threshold_F = saved
+        tau_1F = jnp.exp(log_threshold_F)[None]
+        slope_1F = (tau_1F if values else jnp.ones_like(tau_1F)) * (tau_1F if cfg.straight_through == "tau2" else 1.0)
+        # values at or below 0 are never let through: their side of the window moves no threshold
+        window_BF = jnp.where(pre_BF > 0, _window(pre_BF, tau_1F, cfg), 0.0)
+        g_pre_BF = jnp.where(pre_BF > tau_1F, g_BF, 0.0) if values else jnp.zeros_like(g_BF)
+        return g_pre_BF, -(g_BF * window_BF * slope_1F).sum(0)
+
+    f.defvjp(forward, backward)
+    return f(pre_BF, log_threshold_F)
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def exponent(cfg: DictionaryConfig, progress) -> jax.Array:
+    """p of the penalty at a share of training: from 1 to `p_end` in `p_stages` equal stages."""
+    stage = jnp.minimum(jnp.floor(jnp.asarray(progress, jnp.float32) * cfg.p_stages), cfg.p_stages - 1)
+    return 1.0 + np.float32(cfg.p_end - 1.0) * stage / max(cfg.p_stages - 1, 1)
+
+
+def power_sum(z_BF: jax.Array, p) -> jax.Array:
+    """Mean over rows of sum_f z_f^p; the gradient is finite at zero."""
+    on_BF = z_BF > 0
+    return jnp.where(on_BF, jnp.where(on_BF, z_BF, 1.0) ** p, 0.0).sum(-1).mean()
+
+
+def loss(
+    params: Params,
+    x_BHD: jax.Array,
+    cfg: DictionaryConfig,
+    train: TrainConfig,
+    hyper: Hyper,
+    *,
+    dead_F: jax.Array | None,
+    progress,
+    p_weight=1.0,
+) -> tuple[jax.Array, Parts]:
+    """The loss of one dictionary on normalised rows, and its parts.
+
+    `dead_F`: latents that the auxiliary loss calls back (None: no auxiliary loss is computed). `progress`: share of
+    training done, which the penalty's warm-up and exponent follow. `p_weight` keeps the penalty at its level when the
+    exponent falls (see `train.step`).
+    """
+    zero = jnp.zeros((), jnp.float32)
+    warm = jnp.minimum(1.0, (progress + 1e-9) / max(train.sparsity_warmup, 1e-9))
+    n_F = jnp.sqrt(jnp.square(params["W_dec"]).sum((0, -1))) if cfg.weigh_codes else jnp.ones(cfg.latents)
+    sparse_codes = None
+    penalty = extra = zero
+    if cfg.activation == "topk":
+        rows = sparse.by_rows() and cfg.heads == 1 and not cfg.prefixes
+        # by rows, the gradient of the pre-activations is attached to those that are kept
+        pre_BF = pre_activations(jax.lax.stop_gradient(params) if rows else params, x_BHD, cfg)
+        value_BK, index_BK = sparse.top_latents(pre_BF, cfg.k)
+        if rows:
+            value_BK = _attach(params, x_BHD, value_BK, index_BK, cfg)
+        value_BK = jnp.where(jnp.arange(cfg.k)[None] < hyper.k, jax.nn.relu(value_BK), 0.0)
+        sparse_codes = (value_BK, index_BK) if rows else None
+        z_BF = None if rows else sparse.scatter_codes(value_BK, index_BK, cfg.latents)
+    else:
+        pre_BF = pre_activations(params, x_BHD, cfg)
+        # without the barrier XLA's CPU backend computes the activation again inside of the products that read it
+        pre_BF = jax.lax.optimization_barrier(pre_BF)
+        if cfg.activation == "relu":
+            z_BF = jax.nn.relu(pre_BF)
+            penalty = warm * hyper.sparsity * p_weight * power_sum(z_BF * n_F[None], exponent(cfg, progress))
+        elif cfg.activation == "gated":
+            z_BF, gate_BF = gated(params, pre_BF)
+            on_BF = jax.nn.relu(gate_BF)
+            penalty = warm * hyper.sparsity * p_weight * power_sum(on_BF * n_F[None], exponent(cfg, progress))
+            frozen = params | {name: jax.lax.stop_gradient(params[name]) for name in ("W_dec", "b_dec")}
+            extra = _error(x_BHD - reconstruction(frozen, on_BF))
+        elif cfg.activation == "batch_topk":
+            keep_BF = sparse.batch_largest(jax.lax.stop_gradient(pre_BF), hyper.k)
+            z_BF = jnp.where(keep_BF, pre_BF, 0.0)
+        else:
+            z_BF = jump(pre_BF, params["log_threshold"], cfg)
+            if cfg.penalty == "l0":
+                cost_BF = active(pre_BF, params["log_threshold"], cfg)
+            else:
+                cost_BF = jnp.tanh(np.float32(cfg.tanh_scale) * z_BF * n_F[None])
+            below_BF = jax.nn.relu(jnp.exp(params["log_threshold"])[None] - pre_BF) * n_F[None]
+            penalty = warm * hyper.sparsity * cost_BF.sum(-1).mean() + hyper.pre_act * below_BF.sum(-1).mean()
+        z_BF = jax.lax.optimization_barrier(z_BF)
+
+    if sparse_codes is not None:
+        xhat_BHD = sparse.decode_rows(*sparse_codes, params["W_dec"][0])[:, None] + params["b_dec"][None]
+        residual_BHD = x_BHD - xhat_BHD
+        error = _error(residual_BHD)
+        reference_BX = jax.lax.stop_gradient(sparse_codes[0])
+        F_fired = jnp.zeros(cfg.latents, jnp.int32).at[sparse_codes[1]].add((reference_BX > 0).astype(jnp.int32)) > 0
+    else:
+        residual_BHD, error = _nested_errors(params, x_BHD, z_BF, cfg)
+        reference_BX = jax.lax.stop_gradient(z_BF)
+        F_fired = (reference_BX > 0).any(0)
+
+    aux = zero
+    if dead_F is not None:
+        aux = hyper.aux * auxiliary(params, x_BHD, jax.lax.stop_gradient(residual_BHD), pre_BF, dead_F, cfg, train)
+    total = error + penalty + extra + aux
+    l0 = (reference_BX > 0).sum(-1).astype(jnp.float32).mean()
+    least = jnp.where(reference_BX > 0, reference_BX, jnp.inf).min()
+    return total, Parts(total, error, penalty, aux, l0, least, F_fired)
+
+
+def _error(residual_BHD) -> jax.Array:
+    return jnp.square(residual_BHD).sum((-1, -2)).mean()
+
+
+def _attach(params, x_BHD, value_BK, index_BK, cfg: DictionaryConfig) -> jax.Array:
+    x_BD = x_BHD[:, 0] - params["b_dec"][0][None] if cfg.subtract_bias else x_BHD[:, 0]
+    return sparse.attach_encoder(value_BK, index_BK, params["W_enc"][0], params["b_enc"], x_BD)
+
+
+def _nested_errors(params, x_BHD, z_BF, cfg: DictionaryConfig) -> tuple[jax.Array, jax.Array]:
+    """(residual of the whole dictionary, squared error averaged over the nested ones): each prefix adds its part to
+    the reconstruction of the one before."""
+    residual_BHD, begin, errors = x_BHD - params["b_dec"][None], 0, []
+    for end in cfg.prefixes or (cfg.latents,):
+        residual_BHD = residual_BHD - product_with_decoder(z_BF[:, begin:end], params["W_dec"][:, begin:end])
+        errors.append(_error(residual_BHD))
+        begin = end
+    return residual_BHD, sum(errors) * np.float32(1 / len(errors))
+
+
+def auxiliary(params, x_BHD, residual_BHD, pre_BF, dead_F, cfg: DictionaryConfig, train: TrainConfig) -> jax.Array:
+    """The dead latents' attempt at the error, of a fixed shape whatever their number (arXiv 2406.04093, A.2).
+
+    The `aux_k` largest pre-activations of dead latents of a row (relu'd; fewer where fewer are dead) model its error
+    without b_dec. Zero, with zero gradients, where nothing is dead.
+    """
+    K = min(train.aux_k or max(cfg.width // 2, 1), cfg.latents)
+    rows = sparse.by_rows() and cfg.heads == 1
+    masked_BF = jnp.where(dead_F[None], jax.lax.stop_gradient(pre_BF), -jnp.inf)
+    value_BK, index_BK = sparse.top_latents(masked_BF, K)
+    chosen_BK = jnp.isfinite(value_BK)
+    # -inf stands for "none": it is replaced, never multiplied, so that no NaN reaches the gradient
+    if cfg.activation == "topk" and rows:
+        value_BK = _attach(params, x_BHD, jnp.where(chosen_BK, value_BK, 0.0), index_BK, cfg)
+    else:
+        value_BK = jnp.take_along_axis(pre_BF, index_BK, axis=1)
+    value_BK = jnp.where(chosen_BK, jax.nn.relu(value_BK), 0.0)
+    if rows:
+        ehat_BHD = sparse.decode_rows(value_BK, index_BK, params["W_dec"][0])[:, None]
+    else:
+        ehat_BHD = product_with_decoder(sparse.scatter_codes(value_BK, index_BK, cfg.latents), params["W_dec"])
+    error = _error(residual_BHD - ehat_BHD)
+    if train.aux_norm == "variance":
+        variance = _error(residual_BHD - residual_BHD.mean(0, keepdims=True))
+        error = error / jnp.maximum(variance, np.float32(1e-20))
+    return jnp.where(dead_F.any(), error, 0.0)

@@ -1,0 +1,263 @@
+"""Training dictionaries in banks: G of them in one compiled step, one alone being a bank of one.
+
+Members share their shape (`DictionaryConfig`) and the number of steps; everything in `Hyper`, the seed and the data may
+differ. AdamW's moments are elementwise and norms are taken per member, so a member equals the same dictionary trained
+alone. Beside parameters the state holds what training knows and nobody differentiates: how long a latent has been
+silent, batch_topk's threshold, the norms of the inputs.
+
+    state = train.init_state(key, cfg, train_cfg, hyper, norm)
+    step = train.make_step(cfg, train_cfg, inputs)            # inputs: see `sae_jax.activations`
+    state = bert6_jax.train.fit(step, state, batch_at, FitConfig(steps))
+    dictionary = train.member(state, g)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bert6_jax.errors import InputError
+from sae_jax import dictionary, losses
+from sae_jax.config import DictionaryConfig, TrainConfig
+from sae_jax.losses import Hyper
+
+# above this many weights a member, members go one after the other: their products fill the machine alone
+LOOP_ABOVE = 2_000_000
+UNTRAINED = -1.0  # batch_topk's threshold before the first step
+
+
+@flax.struct.dataclass
+class BankState:
+    """A bank under training; every leaf but `step`, `key` and the input's state has the leading axis G."""
+
+    step: jax.Array  # int32 scalar
+    params: Any
+    opt_state: Any
+    key: jax.Array  # uint32 [2], raw key data
+    norm: Any  # mean [G, H, D], scale [G, H]
+    silent: jax.Array  # int32 [G, F]: rows since the latent fired
+    threshold: jax.Array  # [G] running mean of the smallest code kept; negative: no step yet
+    p_weight: jax.Array  # [G] what keeps the penalty at its level when its exponent falls
+    hyper: Any  # `Hyper` as a dict of [G]
+    sites: jax.Array  # int32 [G, H]: which harvested sites a member reads
+    source: Any  # state of the inputs: the ring buffer; {} where batches come from the host
+
+
+def stack_hyper(members: Sequence[Hyper]) -> dict[str, jax.Array]:
+    """The members' settings as arrays `[G]`."""
+    if not members:
+        raise InputError("a bank needs at least one member")
+    types = {"k": jnp.int32}
+    return {
+        name: jnp.asarray([getattr(m, name) for m in members], types.get(name, jnp.float32)) for name in Hyper._fields
+    }
+
+
+def stack(members: Sequence[Any]) -> Any:
+    """Trees of the same shape as one, with a leading axis G.
+
+    Raises:
+      InputError: members of different structure or shape, naming the first leaf that differs.
+    """
+    if not members:
+        raise InputError("a bank needs at least one member")
+    first = jax.tree_util.tree_leaves_with_path(members[0])
+    for g, other in enumerate(members[1:], 1):
+        there = dict(jax.tree_util.tree_leaves_with_path(other))
+        for path, leaf in first:
+            shape = jnp.shape(there[path]) if path in there else "nothing"
+            if path not in there or shape != jnp.shape(leaf) or len(there) != len(first):
+                name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
+                raise InputError(
+                    f"members 0 and {g} of the bank do not stack: {name} is {jnp.shape(leaf)} and {shape}; give all "
+                    "members one configuration, or train them in two banks"
+                )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def init_state(
+    key: jax.Array,
+    cfg: DictionaryConfig,
+    train: TrainConfig,
+    hyper: Sequence[Hyper],
+    norm: Any,
+    *,
+    params: Any = None,
+    sites: Any = None,
+    source: Any = None,
+) -> BankState:
+    """A bank before its first step.
+
+    Args:
+      key: members draw their start from `fold_in(key, g)`, unless `params` are given.
+      hyper: one a member.
+      norm: from `dictionary.fit_norm`, `[G, ...]`, or without that axis for all members.
+      params: `[G, ...]`, to start from.
+      sites: int [G, H], the sites that members read; default the first H for all.
+      source: state of the inputs, from `activations.init_buffer`.
+    """
+    G, H = len(hyper), cfg.heads
+    for g, one in enumerate(hyper):
+        if cfg.activation in ("topk", "batch_topk") and not 0 < one.k <= cfg.k:
+            raise InputError(f"member {g} has k = {one.k}; it must lie in 1..{cfg.k}, the k of the configuration")
+    if params is None:
+        params = jax.vmap(lambda g: dictionary.init(jax.random.fold_in(key, g), cfg))(jnp.arange(G))
+    found = jax.tree.map(jnp.shape, params)
+    expected = jax.tree.map(lambda leaf: (G, *leaf.shape), jax.eval_shape(lambda: dictionary.init(key, cfg)))
+    if found != expected:
+        raise InputError(f"parameters of shapes {found} do not make a bank of {G}: expected {expected}")
+    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(norm)):
+        raise InputError(
+            "the norm of the inputs is not finite: the activations are constant, or hold NaN; look at them"
+        )
+    if norm["scale"].ndim == 1:
+        norm = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (G, *leaf.shape)), norm)
+    if cfg.decoder == "unit":
+        params = params | {"W_dec": dictionary.unit_decoder(params["W_dec"])}
+    sites = np.broadcast_to(np.arange(H), (G, H)) if sites is None else np.asarray(sites).reshape(G, H)
+    return BankState(
+        jnp.zeros((), jnp.int32),
+        params,
+        _adam(train).init(params),
+        jax.random.key_data(jax.random.fold_in(key, 2**31 - 1)),
+        norm,
+        jnp.zeros((G, cfg.latents), jnp.int32),
+        jnp.full(G, UNTRAINED, jnp.float32),
+        jnp.ones(G, jnp.float32),
+        stack_hyper(hyper),
+        jnp.asarray(sites, jnp.int32),
+        {} if source is None else source,
+    )
+
+
+def _adam(train: TrainConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=train.b1, b2=train.b2, eps=train.eps)
+
+
+def rate(train: TrainConfig, step) -> jax.Array:
+    """Share of the learning rate at a step (from 0): up over `lr_warmup`, constant, down to 0 over `lr_decay`."""
+    step = jnp.asarray(step, jnp.float32)
+    warmup, decay = max(round(train.lr_warmup * train.steps), 1), max(round(train.lr_decay * train.steps), 1)
+    return jnp.minimum(jnp.minimum((step + 1.0) / warmup, (train.steps - step) / decay), 1.0)
+
+
+Inputs = Callable[[Any, Any, Any], tuple[Any, jax.Array]]  # (source, batch, frozen) -> (source, x [B, S, D])
+
+
+def make_step(
+    cfg: DictionaryConfig, train: TrainConfig, inputs: Inputs, *, shared: bool = False, loop: bool | None = None
+):
+    """The pure step of a bank for `bert6_jax.train.fit`.
+
+    Args:
+      inputs: gives the rows of all sites, `[B, S, D]`; see `activations.given` and `activations.streaming`.
+      shared: all members read the sites of the first (then nothing is copied per member).
+      loop: members one after the other instead of side by side; default by their size.
+
+    Metrics are means over the batch: `loss` (mean over members), and for member g `loss_g`, `error_g`, `l0_g`,
+    `dead_g`, and `grad_norm` (of all).
+    """
+    loop = cfg.heads * cfg.latents * cfg.width > LOOP_ABOVE if loop is None else loop
+    tx = _adam(train)
+
+    def gradients(params, x_BHD, norm, silent_F, hyper, p_weight, progress, with_aux: bool):
+        y_BHD, _ = dictionary.normalise(norm, x_BHD, cfg)
+        dead_F = silent_F >= train.dead_after if with_aux else None
+        with_hyper = Hyper(**hyper)
+
+        def loss(params):
+            return losses.loss(
+                params, y_BHD, cfg, train, with_hyper, dead_F=dead_F, progress=progress, p_weight=p_weight
+            )
+
+        grads, parts = jax.grad(loss, has_aux=True)(params)
+        if cfg.decoder == "unit":
+            grads = grads | {"W_dec": dictionary.tangent(grads["W_dec"], params["W_dec"])}
+        norm_ = optax.tree.norm(grads)
+        if train.clip:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, train.clip / jnp.maximum(norm_, 1e-12)), grads)
+        return grads, (parts, norm_, _annealed(params, y_BHD, cfg, train, p_weight, progress))
+
+    def over_members(with_aux: bool):
+        def run(state, x):
+            progress = state.step.astype(jnp.float32) / train.steps
+
+            def one(params, x_BHD, norm, silent_F, hyper, p_weight):
+                return gradients(params, x_BHD, norm, silent_F, hyper, p_weight, progress, with_aux)
+
+            each = (state.params, x, state.norm, state.silent, state.hyper, state.p_weight)
+            if not loop:
+                return jax.vmap(one, in_axes=(0, None if shared else 0, 0, 0, 0, 0))(*each)
+            if not shared:
+                return jax.lax.map(lambda args: one(*args), each)
+            return jax.lax.map(lambda args: one(args[0], x, *args[1:]), (each[0], *each[2:]))
+
+        return run
+
+    def step(state: BankState, batch, frozen=None) -> tuple[BankState, dict[str, jax.Array]]:
+        source, x_BSD = inputs(state.source, batch, frozen)
+        if shared:
+            x = x_BSD[:, state.sites[0]]
+        else:
+            x = jax.vmap(lambda sites_H: x_BSD[:, sites_H])(state.sites)
+        B = x_BSD.shape[0]
+        # One branch for the whole bank: inside of `vmap` a condition would compute both of its sides.
+        revive = ((state.silent >= train.dead_after) & (state.hyper["aux"] > 0)[:, None]).any()
+        grads, (parts, norm_G, p_weight) = jax.lax.cond(revive, over_members(True), over_members(False), state, x)
+        with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to integer step counts
+            updates, opt_state = tx.update(grads, state.opt_state)
+        lr_G = state.hyper["lr"] * rate(train, state.step)
+
+        def apply(path, p, u):
+            factor = train.threshold_lr if path[-1].key == "log_threshold" else 1.0
+            return p - lr_G.reshape(-1, *(1,) * (p.ndim - 1)) * np.float32(factor) * u
+
+        params = jax.tree_util.tree_map_with_path(apply, state.params, updates)
+        if cfg.decoder == "unit":
+            params = params | {"W_dec": dictionary.unit_decoder(params["W_dec"])}
+        silent = jnp.where(parts.fired_F, 0, jnp.minimum(state.silent + B, 2**30))
+        least_G = jnp.where(jnp.isfinite(parts.least), parts.least, state.threshold)
+        kept = train.threshold_decay
+        threshold = jnp.where(state.threshold < 0, least_G, kept * state.threshold + (1.0 - kept) * least_G)
+        metrics = {"loss": parts.loss.mean(), "grad_norm": optax.tree.norm(norm_G)}
+        dead_G = (silent >= train.dead_after).mean(-1, dtype=jnp.float32)
+        for g in range(dead_G.size):
+            metrics |= {f"loss_{g}": parts.loss[g], f"error_{g}": parts.error[g], f"l0_{g}": parts.l0[g]}
+            metrics[f"dead_{g}"] = dead_G[g]
+        return state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, silent=silent, threshold=threshold,
+            p_weight=p_weight, source=source,
+        ), metrics  # fmt: skip
+
+    return step
+
+
+def _annealed(params, y_BHD, cfg: DictionaryConfig, train: TrainConfig, p_weight, progress):
+    """The penalty's weight for the next step: where its exponent is about to fall, what leaves the penalty of this
+    batch as it is (dictionary_learning keeps the mean of ten batches at its level)."""
+    if cfg.p_end == 1.0:
+        return p_weight
+    now, then = losses.exponent(cfg, progress), losses.exponent(cfg, progress + 1.0 / train.steps)
+    pre_BF = dictionary.pre_activations(params, y_BHD, cfg)
+    n_F = jnp.sqrt(jnp.square(params["W_dec"]).sum((0, -1))) if cfg.weigh_codes else jnp.ones(cfg.latents)
+    on_BF = jax.nn.relu(dictionary.gated(params, pre_BF)[1] if cfg.activation == "gated" else pre_BF) * n_F[None]
+    ratio = losses.power_sum(on_BF, now) / jnp.maximum(losses.power_sum(on_BF, then), 1e-20)
+    return jnp.where(then < now, p_weight * ratio, p_weight)
+
+
+def member(state: BankState, g: int) -> dictionary.Dictionary:
+    """Dictionary g of a bank, as `dictionary.encode` reads it and `save` keeps it."""
+    return jax.tree.map(
+        lambda leaf: leaf[g], {"params": state.params, "norm": state.norm, "threshold": state.threshold}
+    )
+
+
+def members(state: BankState) -> dictionary.Dictionary:
+    """The whole bank as one tree `[G, ...]`, for `jax.vmap` over `dictionary.encode` and the like."""
+    return {"params": state.params, "norm": state.norm, "threshold": state.threshold}

@@ -40,7 +40,9 @@ def residual_sites(cfg: TransformerConfig) -> tuple[Site, ...]:
 
 
 def check_sites(cfg: TransformerConfig, sites: Sequence[Site]) -> None:
-    """Refuse sites that the model does not have, or that differ in width."""
+    """Refuse sites that the model does not have, or that differ in width, and none at all."""
+    if not sites:
+        raise InputError("no sites to harvest; name at least one site, say resid:0")
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg))
     _, acts = jax.eval_shape(lambda p, ids: transformer.forward(p, ids, cfg), params, tokens)
@@ -298,10 +300,12 @@ def write_shards(
                 places.append(np.stack([row_R[taken_R], position], axis=1).astype(np.int32))
                 progress(int(batch["valid"].sum()))
             x_NSD = np.concatenate(xs)
+            with np.errstate(over="ignore"):  # refused below
+                x_NSD = x_NSD.astype(dtype)
             check_finite(x_NSD, names)
             _replace(where, partial(np.save, arr=np.concatenate(places)))
-            _replace(shard, partial(np.save, arr=x_NSD.astype(dtype)))
-        sizes.append(len(np.load(where, mmap_mode="r")))
+            _replace(shard, partial(np.save, arr=x_NSD))
+        sizes.append(len(_load(where)))
     if not sum(sizes):
         raise InputError(f"{folder}: no token is left after the mask; give other text, or mask less")
     _replace(path, lambda file: file.write(json.dumps(manifest | {"shards": sizes}, indent=2).encode()))
@@ -326,11 +330,20 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is no folder of activation shards (manifest.json: {error})") from error
+        raise InputError(
+            f"{folder} is no folder of activation shards (manifest.json: {error}); write the shards again"
+        ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise InputError(f"{folder} has format {found!r}, this version reads {FORMAT!r}; write the shards again")
     return manifest
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is missing or damaged; remove it and call write_shards again") from error
 
 
 class Shards(NamedTuple):
@@ -374,10 +387,7 @@ def open_shards(folder: str | Path) -> Shards:
     for number, size in enumerate(manifest["shards"]):
         for name, found in arrays.items():
             path = folder / f"{name}_{number:05d}.npy"
-            try:
-                found.append(np.load(path, mmap_mode="r", allow_pickle=False))
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path} is missing or damaged; remove it and call write_shards again") from error
+            found.append(_load(path))
             if len(found[-1]) != size:
                 raise InputError(f"{path} has {len(found[-1])} rows, not {size}; remove it and call write_shards again")
     return Shards(manifest, arrays["shard"], arrays["token"])

@@ -281,8 +281,10 @@ def load(path: str | Path) -> tuple[Dictionary, DictionaryConfig, checkpoint.Che
         cfg = DictionaryConfig(**(found.config | {"prefixes": tuple(found.config["prefixes"])}))
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: its config is no dictionary's ({error}); use the version that wrote it") from error
-    expected = jax.tree.map(jnp.shape, jax.eval_shape(lambda: init(jax.random.key(0), cfg)))
-    bank = found.tree["threshold"].shape
-    if jax.tree.map(lambda leaf: leaf.shape[len(bank) :], found.tree["params"]) != expected:
+    params = jax.eval_shape(lambda: init(jax.random.key(0), cfg))
+    norm = {"mean": params["b_dec"], "scale": jax.ShapeDtypeStruct((cfg.heads,), jnp.float32)}
+    bank = getattr(found.tree.get("threshold"), "shape", ())
+    one = {"params": params, "norm": norm, "threshold": jax.ShapeDtypeStruct((), jnp.float32)}
+    if jax.tree.map(jnp.shape, found.tree) != jax.tree.map(lambda leaf: (*bank, *leaf.shape), one):
         raise InputError(f"{path}: its arrays are not of the shapes of its config; restore it or remove the folder")
     return found.tree, cfg, found

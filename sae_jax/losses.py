@@ -142,6 +142,7 @@ def loss(
             penalty = warm * hyper.sparsity * p_weight * power_sum(z_BF * n_F[None], exponent(cfg, progress))
         elif cfg.activation == "gated":
             z_BF, gate_BF = gated(params, pre_BF)
+            pre_BF = gate_BF  # what the dead are ranked by
             on_BF = jax.nn.relu(gate_BF)
             penalty = warm * hyper.sparsity * p_weight * power_sum(on_BF * n_F[None], exponent(cfg, progress))
             frozen = params | {name: jax.lax.stop_gradient(params[name]) for name in ("W_dec", "b_dec")}
@@ -203,7 +204,7 @@ def auxiliary(params, x_BHD, residual_BHD, pre_BF, dead_F, cfg: DictionaryConfig
     """The dead latents' attempt at the error, of a fixed shape whatever their number (arXiv 2406.04093, A.2).
 
     The `aux_k` largest pre-activations of dead latents of a row (relu'd; fewer where fewer are dead) model its error
-    without b_dec. Zero, with zero gradients, where nothing is dead.
+    without b_dec. Zero, with zero gradients, where nothing is dead or the error has no variance to divide by.
     """
     K = min(train.aux_k or max(cfg.width // 2, 1), cfg.latents)
     rows = sparse.by_rows() and cfg.heads == 1
@@ -223,5 +224,6 @@ def auxiliary(params, x_BHD, residual_BHD, pre_BF, dead_F, cfg: DictionaryConfig
     error = _error(residual_BHD - ehat_BHD)
     if train.aux_norm == "variance":
         variance = _error(residual_BHD - residual_BHD.mean(0, keepdims=True))
-        error = error / jnp.maximum(variance, np.float32(1e-20))
+        varies = variance > np.float32(1e-10) * _error(residual_BHD)  # below that it is rounding: one row, all alike
+        error = jnp.where(varies, error / jnp.where(varies, variance, 1.0), 0.0)
     return jnp.where(dead_F.any(), error, 0.0)

@@ -70,12 +70,13 @@ def stack(members: Sequence[Any]) -> Any:
     first = jax.tree_util.tree_leaves_with_path(members[0])
     for g, other in enumerate(members[1:], 1):
         there = dict(jax.tree_util.tree_leaves_with_path(other))
-        for path, leaf in first:
-            shape = jnp.shape(there[path]) if path in there else "nothing"
-            if path not in there or shape != jnp.shape(leaf) or len(there) != len(first):
+        here = dict(first)
+        for path in [*here, *(path for path in there if path not in here)]:
+            shapes = [jnp.shape(tree[path]) if path in tree else "nothing" for tree in (here, there)]
+            if shapes[0] != shapes[1]:
                 name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
                 raise InputError(
-                    f"members 0 and {g} of the bank do not stack: {name} is {jnp.shape(leaf)} and {shape}; give all "
+                    f"members 0 and {g} of the bank do not stack: {name} is {shapes[0]} and {shapes[1]}; give all "
                     "members one configuration, or train them in two banks"
                 )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
@@ -113,9 +114,7 @@ def init_state(
     if found != expected:
         raise InputError(f"parameters of shapes {found} do not make a bank of {G}: expected {expected}")
     if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(norm)):
-        raise InputError(
-            "the norm of the inputs is not finite: the activations are constant, or hold NaN; look at them"
-        )
+        raise InputError("the norm of the inputs is not finite: the activations are constant or hold NaN; check them")
     if norm["scale"].ndim == 1:
         norm = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (G, *leaf.shape)), norm)
     if cfg.decoder == "unit":
@@ -166,7 +165,7 @@ def make_step(
     loop = cfg.heads * cfg.latents * cfg.width > LOOP_ABOVE if loop is None else loop
     tx = _adam(train)
 
-    def gradients(params, x_BHD, norm, silent_F, hyper, p_weight, progress, with_aux: bool):
+    def gradients(params, x_BHD, norm, silent_F, hyper, p_weight, progress, following, with_aux: bool):
         y_BHD, _ = dictionary.normalise(norm, x_BHD, cfg)
         dead_F = silent_F >= train.dead_after if with_aux else None
         with_hyper = Hyper(**hyper)
@@ -182,14 +181,15 @@ def make_step(
         norm_ = optax.tree.norm(grads)
         if train.clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, train.clip / jnp.maximum(norm_, 1e-12)), grads)
-        return grads, (parts, norm_, _annealed(params, y_BHD, cfg, train, p_weight, progress))
+        return grads, (parts, norm_, _annealed(params, y_BHD, cfg, p_weight, progress, following))
 
     def over_members(with_aux: bool):
         def run(state, x):
-            progress = state.step.astype(jnp.float32) / train.steps
+            # both in one way, so that the step that lowers the exponent and the one before it agree on when
+            progress, following = ((state.step + i).astype(jnp.float32) / train.steps for i in (0, 1))
 
             def one(params, x_BHD, norm, silent_F, hyper, p_weight):
-                return gradients(params, x_BHD, norm, silent_F, hyper, p_weight, progress, with_aux)
+                return gradients(params, x_BHD, norm, silent_F, hyper, p_weight, progress, following, with_aux)
 
             each = (state.params, x, state.norm, state.silent, state.hyper, state.p_weight)
             if not loop:
@@ -238,12 +238,12 @@ def make_step(
     return step
 
 
-def _annealed(params, y_BHD, cfg: DictionaryConfig, train: TrainConfig, p_weight, progress):
+def _annealed(params, y_BHD, cfg: DictionaryConfig, p_weight, progress, following):
     """The penalty's weight for the next step: where its exponent is about to fall, what leaves the penalty of this
     batch as it is (dictionary_learning keeps the mean of ten batches at its level)."""
     if cfg.p_end == 1.0:
         return p_weight
-    now, then = losses.exponent(cfg, progress), losses.exponent(cfg, progress + 1.0 / train.steps)
+    now, then = losses.exponent(cfg, progress), losses.exponent(cfg, following)
     pre_BF = dictionary.pre_activations(params, y_BHD, cfg)
     n_F = jnp.sqrt(jnp.square(params["W_dec"]).sum((0, -1))) if cfg.weigh_codes else jnp.ones(cfg.latents)
     on_BF = jax.nn.relu(dictionary.gated(params, pre_BF)[1] if cfg.activation == "gated" else pre_BF) * n_F[None]

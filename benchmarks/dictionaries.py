@@ -13,9 +13,11 @@ theirs alternate; the ratio is that of the medians.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -70,18 +72,36 @@ class Ours:
         self.at += 1
         return self.metrics["loss"]
 
+    def loss(self) -> float:
+        return float(self.metrics["loss"])
+
+
+class Theirs:
+    """Trainers of a peer, one after the other, on the same batches; `step(x)` gives the loss."""
+
+    def __init__(self, steps: Sequence[Callable], x: Sequence[Sequence[np.ndarray]]):
+        torch = torch_threads()
+        self.steps, self.x = steps, [[torch.tensor(member) for member in batch] for batch in x]
+        self.at, self.losses = 0, []
+
+    def __call__(self):
+        batch = self.x[self.at % len(self.x)]
+        self.losses = [step(member) for step, member in zip(self.steps, batch, strict=True)]
+        self.at += 1
+
+    def loss(self) -> float:
+        return float(np.mean(self.losses))
+
 
 def torch_threads():
-    import os
-
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
     return torch
 
 
-def sae_lens_trainer(cfg: DictionaryConfig, params, batch: int, sparsity: float):
-    """SAELens' own trainer of the same dictionary, from the same weights."""
+def sae_lens_step(cfg: DictionaryConfig, params, batch: int, sparsity: float) -> Callable:
+    """The step of SAELens' own trainer of the same dictionary, from the same weights."""
     torch = torch_threads()
     from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -89,8 +109,7 @@ def sae_lens_trainer(cfg: DictionaryConfig, params, batch: int, sparsity: float)
 
     common = dict(d_in=cfg.width, d_sae=cfg.latents, apply_b_dec_to_input=cfg.subtract_bias, decoder_init_norm=None)
     if cfg.activation == "topk":
-        config = TopKTrainingSAEConfig(k=cfg.k, rescale_acts_by_decoder_norm=False, **common)
-        sae = TopKTrainingSAE(config)
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(k=cfg.k, rescale_acts_by_decoder_norm=False, **common))
     else:
         sae = StandardTrainingSAE(StandardTrainingSAEConfig(l1_coefficient=sparsity, **common))
     with torch.no_grad():
@@ -98,13 +117,13 @@ def sae_lens_trainer(cfg: DictionaryConfig, params, batch: int, sparsity: float)
         sae.W_dec.copy_(torch.tensor(np.asarray(params["W_dec"][0])))
         sae.b_enc.zero_()
         sae.b_dec.zero_()
-    quiet = LoggingConfig(log_to_wandb=False)
-    trainer = SAETrainerConfig(10**9, batch, lr=LR, lr_end=LR, logger=quiet)
-    return SAETrainer(trainer, sae, iter(()))
+    config = SAETrainerConfig(10**9, batch, lr=LR, lr_end=LR, logger=LoggingConfig(log_to_wandb=False))
+    trainer = SAETrainer(config, sae, iter(()))
+    return lambda x: float(trainer.step(x).loss)
 
 
-def dictionary_learning_trainer(cfg: DictionaryConfig, params):
-    """dictionary_learning's own trainer of the same dictionary, from the same weights."""
+def dictionary_learning_step(cfg: DictionaryConfig, params, batch: int, sparsity: float) -> Callable:
+    """The step of dictionary_learning's own trainer of the same dictionary, from the same weights."""
     torch = torch_threads()
     from dictionary_learning.trainers.top_k import TopKTrainer
 
@@ -115,7 +134,7 @@ def dictionary_learning_trainer(cfg: DictionaryConfig, params):
     with torch.no_grad():
         trainer.ae.encoder.weight.copy_(torch.tensor(np.asarray(params["W_enc"][0])))
         trainer.ae.decoder.weight.copy_(torch.tensor(np.asarray(params["W_dec"][0]).T))
-    return trainer
+    return lambda x: trainer.update(1, x)  # not 0: there it would set b_dec to the data's median
 
 
 def planted_rows(width: int, rows: int, batches: int, sites: int = 1) -> np.ndarray:
@@ -136,33 +155,20 @@ def step(rounds: int, steps: int) -> None:
     params = dictionary.init(jax.random.key(1), cfg)
     params_G = jax.tree.map(lambda leaf: leaf[None], params)
     for peer in ("sae_lens", "dictionary_learning"):
-        free = peer == "sae_lens"  # SAELens leaves the decoder's norms free; dictionary_learning keeps them at 1
-        ours_cfg = DictionaryConfig(**(vars(cfg) | {"decoder": "free" if free else "unit"}))
+        # SAELens leaves the decoder's norms free; dictionary_learning keeps them at 1
+        kind = dataclasses.replace(cfg, decoder="free" if peer == "sae_lens" else "unit")
         train_cfg = TrainConfig(steps=10**6, batch=batch, lr_warmup=0.0, lr_decay=0.0, clip=1.0)
-        ours = Ours(ours_cfg, train_cfg, [Hyper(lr=LR, k=32)], params_G, x_NBSD, None)
-        contestants: dict[str, Callable] = {f"bert6-jax ({ours_cfg.decoder} decoder)": ours}
-        losses = {}
+        ours = Ours(kind, train_cfg, [Hyper(lr=LR, k=32)], params_G, x_NBSD, None)
+        name = f"bert6-jax ({kind.decoder} decoder)"
+        contestants: dict[str, Callable] = {name: ours}
         try:
-            torch = torch_threads()
-            torch_x = [torch.tensor(x[:, 0]) for x in x_NBSD]
-            if free:
-                trainer, at = sae_lens_trainer(cfg, params, batch, 0.0), iter(range(10**9))
-
-                def theirs(trainer=trainer, at=at, torch_x=torch_x):
-                    losses["sae_lens"] = float(trainer.step(torch_x[next(at) % 4]).loss)
-            else:
-                trainer, at = dictionary_learning_trainer(cfg, params), iter(range(10**9))
-
-                def theirs(trainer=trainer, at=at, torch_x=torch_x):
-                    number = next(at)  # from 1: at step 0 the trainer sets b_dec to the data's median
-                    losses["dictionary_learning"] = trainer.update(number + 1, torch_x[number % 4])
-
-            contestants[peer] = theirs
+            make = sae_lens_step if peer == "sae_lens" else dictionary_learning_step
+            theirs = make(kind, params, batch, 0.0)
+            contestants[peer] = Theirs([theirs], [[x[:, 0]] for x in x_NBSD])
         except ImportError as error:
             print(f"  {peer} is not installed ({error})")
         seconds = race(contestants, rounds)
-        losses[next(iter(contestants))] = float(ours.metrics["loss"])
-        report(seconds, losses)
+        report(seconds, {name: call.loss() for name, call in contestants.items()})
 
 
 def bank(rounds: int, steps: int) -> None:
@@ -178,23 +184,14 @@ def bank(rounds: int, steps: int) -> None:
     hyper = [Hyper(lr=LR, sparsity=sparsity)] * G
     ours = Ours(cfg, train_cfg, hyper, params_G, x_NBSD, np.arange(G)[:, None])
     contestants: dict[str, Callable] = {"bert6-jax, one compiled step": ours}
-    losses = {}
     try:
-        torch = torch_threads()
-        torch_x = [[torch.tensor(x[:, g]) for g in range(G)] for x in x_NBSD]
-        trainers = [sae_lens_trainer(cfg, jax.tree.map(lambda p: p[g], params_G), batch, sparsity) for g in range(G)]
-        at = iter(range(10**9))
-
-        def theirs():
-            x = torch_x[next(at) % 4]
-            losses["sae_lens, 18 steps"] = float(np.mean([float(t.step(x[g]).loss) for g, t in enumerate(trainers)]))
-
-        contestants["sae_lens, 18 steps"] = theirs
+        members = [jax.tree.map(lambda leaf, g=g: leaf[g], params_G) for g in range(G)]
+        theirs = [sae_lens_step(cfg, params, batch, sparsity) for params in members]
+        contestants["sae_lens, 18 steps"] = Theirs(theirs, [[x[:, g] for g in range(G)] for x in x_NBSD])
     except ImportError as error:
         print(f"  sae_lens is not installed ({error})")
     seconds = race(contestants, rounds)
-    losses["bert6-jax, one compiled step"] = float(ours.metrics["loss"])
-    report(seconds, losses)
+    report(seconds, {name: call.loss() for name, call in contestants.items()})
 
 
 def selection(rounds: int, steps: int) -> None:
@@ -222,7 +219,9 @@ def selection(rounds: int, steps: int) -> None:
             "jax.lax.top_k": (partial(jax.lax.top_k, k=K), pre_BF),
             "threshold by bisection, 24 counts": (bisect, pre_BF),
         },
-        "the k B largest of the batch": {"bisection of the bits, 31 counts (ours)": (partial(sparse.batch_largest, k=K), pre_BF)},
+        "the k B largest of the batch": {
+            "bisection of the bits, 31 counts (ours)": (partial(sparse.batch_largest, k=K), pre_BF)
+        },
         "decode": {
             "by rows (ours on CPU)": (sparse._gathered, value_BK, index_BK, W_FD),
             "gather, einsum": (lambda z, i, W: jnp.einsum("bk,bkd->bd", z, W[i]), value_BK, index_BK, W_FD),
@@ -247,27 +246,27 @@ def selection(rounds: int, steps: int) -> None:
 
 
 def recovery(rounds: int, steps: int) -> None:
-    """Planted dictionaries: 256 directions in 64 dimensions, 4 of them in a row; 3 seeds a bank, 256 latents."""
-    world_cfg = planted.PlantedConfig(latents=256, width=64, active=4.0, probabilities="uniform", noise=0.01)
+    """Planted dictionaries: 256 directions in 64 dimensions, 3 of them in a row; 3 seeds a bank, 256 latents."""
+    world_cfg = planted.PlantedConfig(latents=256, width=64, active=3.0, probabilities="uniform", noise=0.01)
     world = planted.make(jax.random.key(7), world_cfg)
     truth_XD = np.asarray(world.directions)
-    print(f"recovery: {world_cfg}, {steps:,} steps of 1,024 rows, three seeds; {device()}")
+    print(f"recovery: {world_cfg}, {steps:,} steps of 512 rows, three seeds; {device()}")
     variants = {
-        "topk": (dict(activation="topk", k=4), Hyper(lr=2e-3, k=4)),
-        "batch_topk": (dict(activation="batch_topk", k=4), Hyper(lr=2e-3, k=4)),
+        "topk": (dict(activation="topk", k=3), Hyper(lr=5e-3, k=3)),
+        "batch_topk": (dict(activation="batch_topk", k=3), Hyper(lr=5e-3, k=3)),
         "jumprelu": (
             dict(activation="jumprelu", penalty="l0", decoder="unit", bandwidth=0.3, threshold_init=0.5),
-            Hyper(lr=2e-3, sparsity=2.0),
+            Hyper(lr=2e-3, sparsity=1.0),
         ),
     }
 
     def rows(source, batch, frozen):
-        x_BD, _ = planted.sample(jax.random.fold_in(jax.random.key(8), batch["step"][0]), world, world_cfg, 1_024)
+        x_BD, _ = planted.sample(jax.random.fold_in(jax.random.key(8), batch["step"][0]), world, world_cfg, 512)
         return source, x_BD[:, None]
 
     for name, (kind, hyper) in variants.items():
         cfg = DictionaryConfig(64, 256, **kind)
-        train_cfg = TrainConfig(steps=steps, batch=1_024, dead_after=200_000)
+        train_cfg = TrainConfig(steps=steps, batch=512, dead_after=50_000)
         norm = dictionary.fit_norm(rows(None, activations.no_batch(2**30), None)[1], cfg)
         state = bert6_jax.train.fit(
             train.make_step(cfg, train_cfg, rows, shared=True),
@@ -292,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", nargs="*", choices=[[], *benchmarks], help="which; default all")
     parser.add_argument("--rounds", type=int, default=10, help="measured turns of each contestant")
-    parser.add_argument("--steps", type=int, default=4_000, help="training steps of `recovery`")
+    parser.add_argument("--steps", type=int, default=3_000, help="training steps of `recovery`")
     args = parser.parse_args()
     for name in args.benchmark or benchmarks:
         benchmarks[name](args.rounds, args.steps)

@@ -8,7 +8,8 @@ seeds side by side in one compiled step, and answers everything that is asked of
     W_S, steps    trunks of smaller subsets and of snapshots: accuracy against the amount of pre-training
 
 A fine-tuning seed draws the split, the head's start and the order of the rows; with several pre-training seeds each
-has a trunk of its own. Letters beside those of `bert6_jax.classifier`: K shares of swapped tokens, A arms of the replacement test.
+has a trunk of its own. Letters beside those of `bert6_jax.classifier`: K shares of swapped tokens, A arms of the
+replacement test.
 """
 
 from __future__ import annotations

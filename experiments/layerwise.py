@@ -203,15 +203,14 @@ def load_base(run: Run, cfg: LayerwiseConfig) -> Base:
         else:
             params, model, found = checkpoint.load_transformer(path)
             expected = (found.tokenizer or {}).get("sha256")
-            beside = next(
-                (p / "tokenizer.json" for p in path.absolute().parents if (p / "tokenizer.json").exists()), None
-            )
+            files = (parent / "tokenizer.json" for parent in path.absolute().parents)
+            beside = next((file for file in files if file.exists()), None)
             if cfg.vocab is None and beside is None:
                 raise InputError(f"{path}: no tokenizer.json in the folders above it; give its vocabulary with --vocab")
             tokenizer = load_tokenizer(cfg.vocab or beside)
         if tokenizer.vocab_size > model.vocab_size or expected not in (None, tokenizer.sha256):
             raise InputError(
-                f"{path} speaks another vocabulary than {tokenizer.vocab_size} tokens of --vocab; name its own"
+                f"{path} was trained with another vocabulary than the one found; name its own with --vocab"
             )
         name = f"{path.name}: {model.blocks} blocks of width {model.width}"
     record = {"model": lora.fingerprint(params), "vocabulary": tokenizer.sha256}
@@ -357,8 +356,8 @@ MEASURES = ("cosine", "centred_cosine", "shuffled", "centred_shuffled", "cka", "
 
 @partial(jax.jit, static_argnames="model")
 def _pairs(a_X, b_X, batch, model: TransformerConfig):
-    """Residual streams of X pairs of models, `[X, M, Y, D]` twice; which tokens count `[Y]`; and for each of them one of
-    another text."""
+    """Residual streams of X pairs of models, `[X, M, Y, D]` twice; which tokens count `[Y]`; and for each of them one
+    of another text."""
     sites = activations.residual_sites(model)
     mask_Y = activations.token_mask(batch).reshape(-1)
     harvested = []
@@ -776,8 +775,8 @@ def judge(cfg: LayerwiseConfig, results: Sequence[Result]) -> list[Claim]:
     for r in results:
         curve_GM = np.asarray(r.similarity["cosine"])
         drops_GM = -np.diff(curve_GM, axis=1)
-        add("similarity-falls", r.bench, "layer similarity", "the cosine between pre-trained and fine-tuned states falls "
-            "with depth", "falls", claims.increasing(-curve_GM))  # fmt: skip
+        add("similarity-falls", r.bench, "layer similarity", "the cosine between pre-trained and fine-tuned states "
+            "falls with depth", "falls", claims.increasing(-curve_GM))  # fmt: skip
         add("steepest-last", r.bench, "layer similarity", "it falls most in the last block (its fall minus the largest "
             "other one)", "> 0", claims.greater_than(drops_GM[:, -1] - drops_GM[:, :-1].max(1), 0.0))  # fmt: skip
         above = (curve_GM - r.similarity["shuffled"]).min(1)
@@ -789,16 +788,21 @@ def judge(cfg: LayerwiseConfig, results: Sequence[Result]) -> list[Claim]:
             f"depth than at depth {r.bank.depths[early]} (share)", "> 0",
             claims.greater_than(new_GJ[:, late] - new_GJ[:, early], 0.0) if late > early
             else claims.not_tested("needs dictionaries at two depths"))  # fmt: skip
+        kept_GJ = r.shares["retained"]
+        add("retained-early", r.bench, "early layers stay general, late ones specialise", "more latents are retained "
+            f"at depth {r.bank.depths[early]} than at the last (share)", "> 0",
+            claims.greater_than(kept_GJ[:, early] - kept_GJ[:, late], 0.0) if late > early
+            else claims.not_tested("needs dictionaries at two depths"))  # fmt: skip
         add("retained-beyond-control", r.bench, "ours", "at the last depth fewer latents are retained than of the "
             f"control ({control})", "> 0",
             claims.greater_than(r.shares["control_retained"][:, late] - r.shares["retained"][:, late], 0.0)
             if "control_retained" in r.shares else claims.not_tested("needs several seeds"))  # fmt: skip
         auroc_2GJ = alive_mean(r.found, "auroc", r.bank)
-        add("labels-after", r.bench, "late layers specialise", "at the last depth latents tell the classes better after "
-            "fine-tuning than before (mean best AUROC)", "> 0",
+        add("labels-after", r.bench, "late layers specialise", "at the last depth latents tell the classes better "
+            "after fine-tuning than before (mean best AUROC)", "> 0",
             claims.greater_than(auroc_2GJ[1, :, late] - auroc_2GJ[0, :, late], 0.0))  # fmt: skip
-        add("labels-late", r.bench, "late layers specialise", "after fine-tuning they tell them better at the last depth "
-            f"than at depth {r.bank.depths[early]}", "> 0",
+        add("labels-late", r.bench, "late layers specialise", "after fine-tuning they tell them better at the last "
+            f"depth than at depth {r.bank.depths[early]}", "> 0",
             claims.greater_than(auroc_2GJ[1, :, late] - auroc_2GJ[1, :, early], 0.0) if late > early
             else claims.not_tested("needs dictionaries at two depths"))  # fmt: skip
     return judged
@@ -814,7 +818,8 @@ def write_tables(run: Run, cfg: LayerwiseConfig, results: Sequence[Result]) -> N
         rows.append({"task": r.bench.task.name, "classes": len(r.bench.task.classes),
                      "train_rows": len(r.bench.split.train), "test_rows": len(r.bench.split.test),
                      "shared_texts": r.bench.split.shared_texts, "cut_texts": float(r.bench.examples.cut_N.mean())}
-                    | proportion("random_head", r.accuracy[:, 0]) | proportion("fine_tuned", r.accuracy[:, 1]))  # fmt: skip
+                    | proportion("random_head", r.accuracy[:, 0])
+                    | proportion("fine_tuned", r.accuracy[:, 1]))  # fmt: skip
     run.table("accuracy", rows, f"Test accuracy of the pre-trained model with a random head, and fine-tuned; {over}. "
               "shared_texts: test rows whose text is also in training.")  # fmt: skip
     rows = []
@@ -826,7 +831,8 @@ def write_tables(run: Run, cfg: LayerwiseConfig, results: Sequence[Result]) -> N
                     line |= named(name, found[name][:, depth])
                 rows.append(line)
     run.table("similarity_by_depth", rows, f"Similarity of two models' states at equal depth, token by token; {over}. "
-              "shuffled: cosine with a token of another text. svcca: directions that carry 99 % of the variance.")  # fmt: skip
+              "shuffled: cosine with a token of another text. svcca: directions that carry 99 % of the variance.",
+              )  # fmt: skip
     rows = []
     for r in results:
         G = r.bank.seeds
@@ -859,9 +865,10 @@ def write_tables(run: Run, cfg: LayerwiseConfig, results: Sequence[Result]) -> N
             for name, values in r.shares.items():
                 line |= named(name, values[:, j]) if name == "correlation" else proportion(name, values[:, j])
             rows.append(line)
-    run.table("matching", rows, "What the latents after fine-tuning were before, one to one by decoder cosine: retained "
-              f"(>= {cfg.retained:g}), rotated (>= {cfg.rotated:g}), new; {over}. control_*: "
-              f"{CONTROL[cfg.warm_start]}; chance_*: random directions; correlation: of the matched codes.")  # fmt: skip
+    run.table("matching", rows, "What the latents after fine-tuning were before, one to one by decoder cosine: "
+              f"retained (>= {cfg.retained:g}), rotated (>= {cfg.rotated:g}), new; {over}. control_*: "
+              f"{CONTROL[cfg.warm_start]}; chance_*: random directions; correlation: of the matched "
+              "codes.")  # fmt: skip
 
 
 @figures.style()
@@ -900,8 +907,8 @@ def draw(run: Run, cfg: LayerwiseConfig, results: Sequence[Result]) -> None:
             ax.set(xlabel="depth (0: embedding)", ylabel="mean cosine", title=title)
     below(fig, axes)
     run.figure("similarity_by_depth", fig, alt="Cosine of pre-trained and fine-tuned states against depth",
-               caption="Cosine of a token's state before and after fine-tuning, raw (top) and with each model's mean taken "
-               f"off (bottom). Bands: {over}.")  # fmt: skip
+               caption="Cosine of a token's state before and after fine-tuning, raw (top) and with each model's mean "
+               f"taken off (bottom). Bands: {over}.")  # fmt: skip
 
     fig, axes = panels(1, 3.4)
     for ax, r in zip(axes[0], results, strict=True):
@@ -972,10 +979,12 @@ def views(run: Run, cfg: LayerwiseConfig, base: Base, results: Sequence[Result])
             name = r.bench.task.classes[examples.label_N[rows[at]]]
             for depth in sorted({M // 2, M - 1}):
                 shown.append(Context(words, cosine_RTM[at, tokens, depth].tolist(), f"{name}, depth {depth}"))
-        run.sentences(f"change-{r.bench.name}", shown, f"{r.bench.task.name}: cosine of each token's state before and after "
-                      "fine-tuning, the middle depth and the last", measure="cosine", limits=(1.0, 0.0))  # fmt: skip
+        run.sentences(f"change-{r.bench.name}", shown, f"{r.bench.task.name}: cosine of each token's state before and "
+                      "after fine-tuning, the middle depth and the last", measure="cosine", limits=(1.0, 0.0),
+                      )  # fmt: skip
         run.browser(f"features-{r.bench.name}", feature_groups(run, cfg, base, r, models, strings),
-                    f"{r.bench.task.name}: latents of the dictionaries of seed {cfg.seed}; contexts from the test texts")  # fmt: skip
+                    f"{r.bench.task.name}: latents of the dictionaries of seed {cfg.seed}, contexts of test texts",
+                    )  # fmt: skip
 
 
 def feature_groups(run: Run, cfg: LayerwiseConfig, base: Base, r: Result, models, strings) -> list[Group]:
@@ -1033,14 +1042,9 @@ def run_layerwise(run: Run, cfg: LayerwiseConfig) -> None:
         s for spec in cfg.task for s in (("embedded-topic", "embedded-relation") if spec == "embedded" else (spec,))
     ]
     cfg.dictionary(width=1)  # settings that cannot be are told before anything is trained
-    if cfg.model:
-        base = load_base(run, cfg)
-    elif any(not spec.startswith("embedded-") for spec in specs):
-        raise InputError(
-            "--task on real text needs --model: a checkpoint of experiments.apt or a Hugging Face BERT folder"
-        )
-    else:
-        base = load_base(run, cfg)
+    if not cfg.model and any(not spec.startswith("embedded-") for spec in specs):
+        raise InputError("real text needs --model (a checkpoint of experiments.apt, or a Hugging Face BERT) and --task")
+    base = load_base(run, cfg)
     benches = [load_task(cfg, base, spec) for spec in specs]
     if len({bench.name for bench in benches}) < len(benches):
         raise InputError("--task names two tasks of one name; rename a file")
@@ -1054,9 +1058,10 @@ def run_layerwise(run: Run, cfg: LayerwiseConfig) -> None:
     for r in results:
         cosine_M = np.asarray(r.similarity["cosine"]).mean(0)
         summary.append(
-            f"{r.bench.task.name}: accuracy {r.accuracy[:, 0].mean():.3f} with a random head, {r.accuracy[:, 1].mean():.3f} "
-            f"fine-tuned; cosine {cosine_M[0]:.3f} at the embedding, {cosine_M[-1]:.3f} at the last depth; of the latents "
-            f"there {r.shares['retained'][:, -1].mean():.0%} retained, {r.shares['new'][:, -1].mean():.0%} new."
+            f"{r.bench.task.name}: accuracy {r.accuracy[:, 0].mean():.3f} with a random head, "
+            f"{r.accuracy[:, 1].mean():.3f} fine-tuned; cosine {cosine_M[0]:.3f} at the embedding, "
+            f"{cosine_M[-1]:.3f} at the last depth; of the latents there "
+            f"{r.shares['retained'][:, -1].mean():.0%} retained, {r.shares['new'][:, -1].mean():.0%} new."
         )
     run.drop_stale()
     report.write(run, "What fine-tuning changes at which depth", "Layer-wise study", summary, PAPER)

@@ -368,7 +368,7 @@ class Shards(NamedTuple):
         return out
 
     def batch_at(self, seed: int, batch: int) -> Callable[[int], dict[str, np.ndarray]]:
-        """Batches for `given`: every row once a pass, in an order of its own."""
+        """Batches for `given`: every row once a pass, in an order of its own, but for what does not fill a batch."""
         row_at = row_batches(seed, self.num_rows, batch)
         return lambda step: {"x": self.rows(row_at(step)["row"])}
 

@@ -60,6 +60,8 @@ class DictionaryConfig:
             raise InputError(f"penalty {self.penalty} is for jumprelu; {self.activation} dictionaries take l1")
         if self.activation == "gated" and self.prefixes:
             raise InputError("nested prefixes are for relu, topk, batch_topk and jumprelu dictionaries, not for gated")
+        if not isinstance(self.prefixes, tuple):
+            raise InputError(f"prefixes are {self.prefixes!r}; give a tuple of sizes")
         ordered = all(a < b for a, b in zip(self.prefixes, self.prefixes[1:], strict=False))
         if self.prefixes and (self.prefixes[-1] != self.latents or self.prefixes[0] < 1 or not ordered):
             raise InputError(f"prefixes are {self.prefixes}; they must rise and end with latents = {self.latents}")
@@ -80,7 +82,7 @@ class TrainConfig:
     threshold_lr: float = 1.0  # factor on the rate of the jumprelu's thresholds
     clip: float = 0.0  # largest norm of a member's gradient; 0: none
     aux_k: int = 0  # dead latents that model a row's error; 0: half the width
-    aux_norm: str = "variance"  # the auxiliary loss is divided by the error's variance (OpenAI), or `none`
+    aux_norm: str = "variance"  # auxiliary loss in units of the rows' variance (OpenAI), or `none`: as it is (SAELens)
     dead_after: int = 10_000_000  # rows without firing that make a latent dead
     threshold_decay: float = 0.999  # of the running mean that becomes batch_topk's threshold at inference
 
@@ -93,5 +95,6 @@ class TrainConfig:
                 raise InputError(f"config field {name} is {getattr(self, name)!r}; it must lie in [0, 1]")
         if self.aux_norm not in ("variance", "none"):
             raise InputError(f"config field aux_norm is {self.aux_norm!r}; choose one of variance, none")
-        if self.aux_k < 0:
-            raise InputError(f"config field aux_k is {self.aux_k}; it must not be negative")
+        for name in ("aux_k", "clip"):
+            if getattr(self, name) < 0:
+                raise InputError(f"config field {name} is {getattr(self, name)}; it must not be negative")

@@ -24,8 +24,8 @@ The loss is a mean over rows of |x - xhat|^2 (summed over H and D) plus
     gated      lambda sum_f relu(pre_f) n_f + |x - xhat(relu(pre))|^2 through a frozen decoder      2404.16014 eq. 8
     jumprelu   lambda sum_f 1[pre_f > tau_f], or lambda sum_f tanh(c z_f n_f);      arXiv 2407.14435 eq. 9
                mu sum_f relu(tau_f - pre_f) n_f, the pre-activation loss             Anthropic January 2025
-    all        aux |e - ehat|^2 / var(e): the k_aux largest dead latents of a row model its error e = x - xhat, without
-               b_dec                                                                 arXiv 2406.04093 A.2
+    all        aux |e - ehat|^2 var(x) / var(e): the k_aux largest dead latents of a row model its error e = x - xhat,
+               without b_dec                                                                 arXiv 2406.04093 A.2
     prefixes   Matryoshka: the squared error is the mean over the nested dictionaries       arXiv 2503.17547
 
 With `weigh_codes=False` n_f is 1 in the penalties.

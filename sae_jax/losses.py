@@ -204,7 +204,9 @@ def auxiliary(params, x_BHD, residual_BHD, pre_BF, dead_F, cfg: DictionaryConfig
     """The dead latents' attempt at the error, of a fixed shape whatever their number (arXiv 2406.04093, A.2).
 
     The `aux_k` largest pre-activations of dead latents of a row (relu'd; fewer where fewer are dead) model its error
-    without b_dec. Zero, with zero gradients, where nothing is dead or the error has no variance to divide by.
+    without b_dec: |e - ehat|^2 var(x) / var(e), so that its weight means the same whatever the scale of the rows and of
+    the error (OpenAI's and dictionary_learning's losses are in units where var(x) is 1). Zero, with zero gradients,
+    where nothing is dead or the error has no variance to divide by.
     """
     K = min(train.aux_k or max(cfg.width // 2, 1), cfg.latents)
     rows = sparse.by_rows() and cfg.heads == 1
@@ -225,5 +227,6 @@ def auxiliary(params, x_BHD, residual_BHD, pre_BF, dead_F, cfg: DictionaryConfig
     if train.aux_norm == "variance":
         variance = _error(residual_BHD - residual_BHD.mean(0, keepdims=True))
         varies = variance > np.float32(1e-10) * _error(residual_BHD)  # below that it is rounding: one row, all alike
-        error = jnp.where(varies, error / jnp.where(varies, variance, 1.0), 0.0)
+        of_rows = _error(x_BHD - x_BHD.mean(0, keepdims=True))
+        error = jnp.where(varies, error * of_rows / jnp.where(varies, variance, 1.0), 0.0)
     return jnp.where(dead_F.any(), error, 0.0)

@@ -1,9 +1,10 @@
 """Training dictionaries in banks: G of them in one compiled step, one alone being a bank of one.
 
 Members share their shape (`DictionaryConfig`) and the number of steps; everything in `Hyper`, the seed and the data may
-differ. AdamW's moments are elementwise and norms are taken per member, so a member equals the same dictionary trained
-alone. Beside parameters the state holds what training knows and nobody differentiates: how long a latent has been
-silent, batch_topk's threshold, the norms of the inputs.
+differ. Adam's moments are elementwise and norms are taken per member, so a member equals the same dictionary trained
+alone, up to rounding (which Adam can amplify where a gradient is next to nothing). Beside parameters the state holds
+what training knows and nobody differentiates: how long a latent has been silent, batch_topk's threshold, the norms of
+the inputs.
 
     state = train.init_state(key, cfg, train_cfg, hyper, norm)
     step = train.make_step(cfg, train_cfg, inputs)            # inputs: see `sae_jax.activations`
@@ -34,7 +35,7 @@ UNTRAINED = -1.0  # batch_topk's threshold before the first step
 
 @flax.struct.dataclass
 class BankState:
-    """A bank under training; every leaf but `step`, `key` and the input's state has the leading axis G."""
+    """A bank under training; leaves have the leading axis G, but for `step`, `key`, Adam's count and the source."""
 
     step: jax.Array  # int32 scalar
     params: Any
@@ -101,7 +102,7 @@ def init_state(
       norm: from `dictionary.fit_norm`, `[G, ...]`, or without that axis for all members.
       params: `[G, ...]`, to start from.
       sites: int [G, H], the sites that members read; default the first H for all.
-      source: state of the inputs, from `activations.init_buffer`.
+      source: state of the inputs, from `activations.open_stream`.
     """
     G, H = len(hyper), cfg.heads
     for g, one in enumerate(hyper):
@@ -120,6 +121,8 @@ def init_state(
     if cfg.decoder == "unit":
         params = params | {"W_dec": dictionary.unit_decoder(params["W_dec"])}
     sites = np.broadcast_to(np.arange(H), (G, H)) if sites is None else np.asarray(sites).reshape(G, H)
+    if source and not 0 <= sites.min() <= sites.max() < source["x"].shape[1]:
+        raise InputError(f"members read the sites {np.unique(sites)}, the stream has {source['x'].shape[1]} of them")
     return BankState(
         jnp.zeros((), jnp.int32),
         params,

@@ -12,7 +12,6 @@ import pytest
 from bert6_jax.data.labelled import LabelledText, open_task, split_rows
 from bert6_jax.errors import InputError
 
-
 pytestmark = pytest.mark.usefixtures("no_network")
 
 

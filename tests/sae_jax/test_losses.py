@@ -102,7 +102,7 @@ def oracle(p, x, cfg, train, at, dead=None, hyper=HYPER, p_weight=1.0):
     aux = 0.0
     if dead is not None:
         residual = x - decode(at, forward(at, x, cfg)[1])
-        normaliser = variance(residual) if train.aux_norm == "variance" else 1.0
+        normaliser = variance(residual) / variance(x) if train.aux_norm == "variance" else 1.0
         aux = hyper.aux * eager_aux(p, residual, pre, dead, train.aux_k or D // 2, normaliser)
     return {"loss": error + penalty + extra + aux, "error": error, "penalty": penalty, "aux": aux}
 

@@ -35,7 +35,7 @@ from bert6_jax.data.tokenizer import Tokenizer
 from bert6_jax.data.windows import rows_at, steps_per_epoch
 from bert6_jax.errors import InputError
 from experiments.harness import claims, figures
-from experiments.harness.claims import Claim
+from experiments.harness.claims import Claim, interval, named, proportion
 from experiments.harness.cli import option
 from experiments.harness.run import Run
 from synthetic import language
@@ -672,27 +672,6 @@ def judge(cfg: FinetuneConfig, setting: Setting, results: Sequence[Found]) -> li
 # --- tables and figures ----------------------------------------------------------------------------------------------
 
 
-def interval(values) -> dict[str, float | None]:
-    """Mean and 95 % t interval over seeds, as columns."""
-    values = np.asarray(values, np.float64)
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return {"mean": None, "low": None, "high": None}
-    mean, bounds = claims.mean_interval(values)
-    return {"mean": mean, "low": bounds and bounds[0], "high": bounds and bounds[1]}
-
-
-def named(name: str, values, least: float = -np.inf, most: float = np.inf) -> dict[str, float | None]:
-    """`interval` under a name, its bounds within what the quantity can be."""
-    columns = interval(values)
-    low, high = (None if columns[k] is None else float(np.clip(columns[k], least, most)) for k in ("low", "high"))
-    return {name: columns["mean"], f"{name}_low": low, f"{name}_high": high}
-
-
-def proportion(name: str, values) -> dict[str, float | None]:
-    return named(name, values, 0.0, 1.0)
-
-
 NETWORKS = ("fine-tuned", "fine-tuned without pre-training", "pre-trained, not fine-tuned")
 
 
@@ -794,12 +773,6 @@ def write_tables(run: Run, cfg: FinetuneConfig, setting: Setting, results: Seque
 def draw(run: Run, cfg: FinetuneConfig, setting: Setting, results: Sequence[Found]) -> None:
     M, over = setting.model.depths, f"95 % interval over {cfg.finetune_seeds} fine-tuning seeds"
 
-    def band(ax, x, values_GX, **options):
-        columns = [interval(values_GX[:, i]) for i in range(values_GX.shape[1])]
-        mean, low, high = (np.array([np.nan if c[key] is None else c[key] for c in columns], float)
-                           for key in ("mean", "low", "high"))  # fmt: skip
-        figures.line(ax, x, mean, low=low, high=high, **options)
-
     def panels(rows: int, height: float):
         fig, axes = figures.new(rows, len(results), height=height, squeeze=False)
         return fig, axes
@@ -816,7 +789,7 @@ def draw(run: Run, cfg: FinetuneConfig, setting: Setting, results: Sequence[Foun
         for row, pooling in enumerate(("cls", "mean")):
             ax, p = axes[row, column], classifier.POOLINGS.index(pooling)
             for network, source, prefix in by_network(found):
-                band(ax, np.arange(M), accuracy(source, prefix)[:, p], label=network)
+                figures.seed_band(ax, np.arange(M), accuracy(source, prefix)[:, p], label=network)
             ax.axhline(found.bench.chance, color="#777777", linestyle=":", label="chance")
             ax.set(xlabel="block (0: embedding)", ylabel="test accuracy", ylim=(0, 1.02),
                    title=f"{title(found)}, {'[CLS]' if pooling == 'cls' else 'mean'}")  # fmt: skip
@@ -830,8 +803,10 @@ def draw(run: Run, cfg: FinetuneConfig, setting: Setting, results: Sequence[Foun
         confidence_GPM = found.main["probe_probability"].mean(-1)
         for p, pooling in enumerate(classifier.POOLINGS):
             name = "[CLS]" if pooling == "cls" else "mean"
-            band(ax, np.arange(M), confidence_GPM[:, p], label=f"confidence, {name}")
-            band(ax, np.arange(M), accuracy(found.main, "probe_")[:, p], label=f"accuracy, {name}", linestyle="--")
+            figures.seed_band(ax, np.arange(M), confidence_GPM[:, p], label=f"confidence, {name}")
+            figures.seed_band(
+                ax, np.arange(M), accuracy(found.main, "probe_")[:, p], label=f"accuracy, {name}", linestyle="--"
+            )
         ax.set(xlabel="block (0: embedding)", ylabel="mean over test rows", ylim=(0, 1.02), title=title(found))
     below(fig, axes)
     run.figure(
@@ -851,7 +826,7 @@ def draw(run: Run, cfg: FinetuneConfig, setting: Setting, results: Sequence[Foun
                 continue
             x, y = (np.array([[v[b == q].mean() for q in at] for v, b in zip(values, bins_GN, strict=True)])
                     for values in (found.apt_GN, found.main["probability"]))  # fmt: skip
-            band(ax, x.mean(0), y, label=f"{group} predictions")
+            figures.seed_band(ax, x.mean(0), y, label=f"{group} predictions")
         ax.set(xlabel="mean APT of the text's tokens", ylabel="confidence", ylim=(0, 1.02), title=title(found))
     axes[0, 0].legend()
     run.figure("confidence_vs_apt", fig, alt="Confidence against mean input APT in bins of equal count",
@@ -863,7 +838,7 @@ def draw(run: Run, cfg: FinetuneConfig, setting: Setting, results: Sequence[Foun
     for ax, found in zip(axes[0], results, strict=True):
         effect = swap_effect(found.main)
         for a, arm in enumerate(ARMS):
-            band(ax, np.array(cfg.shares) * 100, effect["drop"][:, :, a], label=f"for a {arm}")
+            figures.seed_band(ax, np.array(cfg.shares) * 100, effect["drop"][:, :, a], label=f"for a {arm}")
         ax.axhline(0, color="#777777", linewidth=0.8)
         ax.set(xlabel="tokens to swap, % of the text", ylabel="fall of the answer's probability", title=title(found))
     axes[0, 0].legend()
@@ -878,7 +853,9 @@ def draw(run: Run, cfg: FinetuneConfig, setting: Setting, results: Sequence[Foun
         curve += sorted((s.step, f) for s, f in found.others.items() if s.method == "full" and s.size == largest)
         curve.append((setting.sizes[largest], found.main))
         steps = [step for step, _ in curve]
-        band(ax, np.arange(len(curve)), np.stack([accuracy(f) for _, f in curve], 1), label=f"W_S {largest:,}, by step")
+        figures.seed_band(
+            ax, np.arange(len(curve)), np.stack([accuracy(f) for _, f in curve], 1), label=f"W_S {largest:,}, by step"
+        )
         for start, source in found.others.items():
             place = len(curve) - 1
             if start.method != "full":

@@ -60,6 +60,27 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return mean, (mean - half, mean + half)
 
 
+def interval(values) -> dict[str, float | None]:
+    """Mean and 95 % t interval over seeds, as columns of a table; NaN and infinities stay out."""
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return {"mean": None, "low": None, "high": None}
+    mean, bounds = mean_interval(values)
+    return {"mean": mean, "low": bounds and bounds[0], "high": bounds and bounds[1]}
+
+
+def named(name: str, values, least: float = -np.inf, most: float = np.inf) -> dict[str, float | None]:
+    """`interval` under a name, its bounds within what the quantity can be."""
+    columns = interval(values)
+    low, high = (None if columns[k] is None else float(np.clip(columns[k], least, most)) for k in ("low", "high"))
+    return {name: columns["mean"], f"{name}_low": low, f"{name}_high": high}
+
+
+def proportion(name: str, values) -> dict[str, float | None]:
+    return named(name, values, 0.0, 1.0)
+
+
 def greater_than(values: Sequence[float], bound: float, interval: Interval | None = None) -> Outcome:
     """Is the mean over seeds above `bound`? `interval` replaces the one over seeds (say, a bootstrap)."""
     return _compare(values, interval, f"> {bound:g}", lambda low, high: low > bound)

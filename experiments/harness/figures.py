@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from experiments.harness.claims import interval
+
 # Okabe & Ito (2008), told apart with every common colour vision; their yellow is left out, it vanishes on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 WIDTH = 7.2  # inches; the report shows a figure at about this size
@@ -77,6 +79,17 @@ def line(ax, x, y, *, low=None, high=None, label: str | None = None, **options) 
     if low is not None:
         band = {"color": drawn.get_color(), "alpha": 0.2, "linewidth": 0}
         ax.fill_between(x, np.asarray(low, float), np.asarray(high, float), **band)
+
+
+@style()
+def seed_band(ax, x, values_SX, **options) -> None:
+    """The mean over seeds with its 95 % t interval as a band (none for a single seed); `values_SX` has a row a seed."""
+    columns = [interval(values_S) for values_S in np.asarray(values_SX, float).T]
+    mean, low, high = (
+        np.array([np.nan if c[key] is None else c[key] for c in columns], float) for key in ("mean", "low", "high")
+    )
+    bounds = {} if np.isnan(low).all() else {"low": low, "high": high}
+    line(ax, x, mean, **bounds, **options)
 
 
 @style()

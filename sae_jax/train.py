@@ -28,7 +28,8 @@ from sae_jax import dictionary, losses
 from sae_jax.config import DictionaryConfig, TrainConfig
 from sae_jax.losses import Hyper
 
-# above this many weights a member, members go one after the other: their products fill the machine alone
+# Above this many weights a member, members go one after the other: their products fill the machine alone. On CPUs they
+# always do, which took half the time of `vmap` for small members too (`benchmarks/NOTES.md`).
 LOOP_ABOVE = 2_000_000
 UNTRAINED = -1.0  # batch_topk's threshold before the first step
 
@@ -160,12 +161,13 @@ def make_step(
     Args:
       inputs: gives the rows of all sites, `[B, S, D]`; see `activations.given` and `activations.streaming`.
       shared: all members read the sites of the first (then nothing is copied per member).
-      loop: members one after the other instead of side by side; default by their size.
+      loop: members one after the other instead of side by side; default by backend and size.
 
     Metrics are means over the batch: `loss` (mean over members), and for member g `loss_g`, `error_g`, `l0_g`,
     `dead_g`, and `grad_norm` (of all).
     """
-    loop = cfg.heads * cfg.latents * cfg.width > LOOP_ABOVE if loop is None else loop
+    if loop is None:
+        loop = jax.default_backend() == "cpu" or cfg.heads * cfg.latents * cfg.width > LOOP_ABOVE
     tx = _adam(train)
 
     def gradients(params, x_BHD, norm, silent_F, hyper, p_weight, progress, following, with_aux: bool):

@@ -126,6 +126,8 @@ class LayerwiseConfig:
                              min=0.0, max=1.0)  # fmt: skip
     rotated: float = option(0.5, "and from which it is rotated, below it is new (ours)", "evaluation", min=0.0,
                             max=1.0)  # fmt: skip
+    splice_texts: int = option(500, "test texts for splicing reconstructions into the model (ours)", "evaluation",
+                               min=1)  # fmt: skip
     contexts: int = option(6, "top contexts of a latent in the browser", "evaluation", min=1)
     browser_latents: int = option(300, "latents of a dictionary in the browser, by label association", "evaluation",
                                   min=1)  # fmt: skip
@@ -195,6 +197,7 @@ def load_base(run: Run, cfg: LayerwiseConfig) -> Base:
         depths_of(cfg, pretraining.blocks + 1)
         corpus, mesh = apt.load_corpus(run, pretraining), apt.mesh_for(pretraining.batch)
         params = apt.pretrain(run, pretraining, corpus, mesh, cfg.seed, size)
+        params = jax.tree.map(jnp.asarray, jax.device_get(params))  # pre-trained on all devices, studied on one
         model, tokenizer = pretraining.model(corpus.tokenizer.vocab_size), corpus.tokenizer
         name = f"BERT-{model.blocks} of width {model.width}, pre-trained on {corpus.description}"
     else:
@@ -220,7 +223,7 @@ def load_base(run: Run, cfg: LayerwiseConfig) -> Base:
     masking = None
     if model.head == "mlm" and "head" in params:
         never = (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id)
-        masking = MaskingConfig(model.vocab_size, tokenizer.mask_id, never, slots=max(4, model.max_len // 4))
+        masking = MaskingConfig(model.vocab_size, tokenizer.mask_id, never)
     return Base(params, model, tokenizer, masking, lang, name)
 
 
@@ -385,6 +388,11 @@ def _pairs(a_X, b_X, batch, model: TransformerConfig):
     return *harvested, mask_Y, order_Y[(rank_Y + n // 2) % n]
 
 
+_start = jax.jit(jax.vmap(similarity.start, (0, 0, None)))
+_update = jax.jit(jax.vmap(similarity.update, (0, 0, 0, None)))
+
+
+@jax.jit
 def _diagonal(x_XMYD, y_XMYD, valid_Y, mean_x=None, mean_y=None):
     """Summed cosine of the same depths, [X, M], of tokens with their means taken off if given."""
     if mean_x is not None:
@@ -398,9 +406,6 @@ def compare(run: Run, base: Base, bench: Bench, label: str, a: Sequence, b: Sequ
     """Similarity of model a[x] and b[x] on the test texts' tokens (padding left out, [CLS] and [SEP] kept): every
     measure `[X, M]` at equal depths, `layers` [X, M, M] debiased CKA of all pairs, `tokens`."""
     a_X, b_X = (dictionaries.stack([trunk_of(params) for params in models]) for models in (a, b))
-    update = jax.jit(jax.vmap(similarity.update, (0, 0, 0, None)))
-    start = jax.jit(jax.vmap(similarity.start, (0, 0, None)))
-    diagonal = jax.jit(_diagonal)
     moments, sums, mean_x, mean_y = None, {name: 0.0 for name in MEASURES[:4]}, None, None
     rows = bench.split.test
     with Progress(2 * len(rows), f"{bench.task.name}: similarity, {label}", "texts", quiet=run.quiet) as progress:
@@ -408,12 +413,12 @@ def compare(run: Run, base: Base, bench: Bench, label: str, a: Sequence, b: Sequ
             for begin in range(0, len(rows), ROWS):
                 x, y, valid_Y, partner_Y = _pairs(a_X, b_X, _batch(bench.examples, rows, begin), base.model)
                 if not centred:
-                    moments = start(x, y, valid_Y) if moments is None else moments
-                    moments = update(moments, x, y, valid_Y)
+                    moments = _start(x, y, valid_Y) if moments is None else moments
+                    moments = _update(moments, x, y, valid_Y)
                 means = (mean_x, mean_y) if centred else ()
                 prefix = "centred_" * centred
-                sums[f"{prefix}cosine"] += np.asarray(diagonal(x, y, valid_Y, *means), np.float64)
-                shuffled = diagonal(x, y[:, :, partner_Y], valid_Y, *means)
+                sums[f"{prefix}cosine"] += np.asarray(_diagonal(x, y, valid_Y, *means), np.float64)
+                shuffled = _diagonal(x, y[:, :, partner_Y], valid_Y, *means)
                 sums[f"{prefix}shuffled"] += np.asarray(shuffled, np.float64)
                 progress.update(min(ROWS, len(rows) - begin))
             if not centred:
@@ -677,42 +682,47 @@ def evaluate_bank(run: Run, cfg: LayerwiseConfig, base: Base, bench: Bench, bank
 def splice_losses(run: Run, cfg: LayerwiseConfig, base: Base, bench: Bench, bank: Bank, models: Sequence) -> dict:
     """Loss when a member's reconstruction takes the stream's place: the classifier's after fine-tuning, the masked-LM
     loss before; clean, spliced and with zeros, `[members, 3]` nats, NaN where the model has no such head."""
-    depths, rows = jnp.asarray(bank.depths), bench.split.test
-    special = excluded(cfg, base)
+    G, J, special = bank.seeds, len(bank.depths), excluded(cfg, base)
+    depths_J, rows = jnp.asarray(bank.depths), bench.split.test[: cfg.splice_texts]
+    slots = max(4, bench.examples.ids_NT.shape[1] // 4)
+    masking = base.masking and dataclasses.replace(base.masking, slots=slots)
 
     @partial(jax.jit, static_argnames="after")
-    def losses(params, trees_J, batch, key, after: bool):
+    def losses(params, trees_XJ, batch, key, after: bool):
+        """Sums of a batch, `[X, J]` spliced, `[J]` zeros, clean, and what they are sums over."""
         replaced_BT = activations.token_mask(batch, special)
 
         def loss(depth, fn):
             if after:
                 return evaluate.classifier_loss_spliced(params, base.model, cfg.pooling, batch, depth, fn, replaced_BT)
-            return evaluate.mlm_loss_spliced(params, base.model, base.masking, batch, key, depth, fn, replaced_BT)
+            return evaluate.mlm_loss_spliced(params, base.model, masking, batch, key, depth, fn, replaced_BT)
 
-        def one(args):
+        def spliced(args):
             tree, depth = args
-            spliced = loss(depth, evaluate.reconstructor(tree, bank.cfg))
-            zeros, clean = loss(depth, jnp.zeros_like), loss(depth, lambda x: x)
-            return jnp.stack([clean["loss"], spliced["loss"], zeros["loss"]]), clean["count"]
+            return loss(depth, evaluate.reconstructor(tree, bank.cfg))["loss"]
 
-        return jax.lax.map(one, (trees_J, depths))
+        clean = loss(0, lambda x_BTD: x_BTD)
+        spliced_XJ = jax.lax.map(lambda trees_J: jax.lax.map(spliced, (trees_J, depths_J)), trees_XJ)
+        zeros_J = jax.lax.map(lambda depth: loss(depth, jnp.zeros_like)["loss"], depths_J)
+        return spliced_XJ, zeros_J, clean["loss"], clean["count"]
 
     found = np.full((len(bank.sites), 3), np.nan)
-    with Progress(2 * bank.seeds * len(rows), f"{bench.task.name}: splice", "texts", quiet=run.quiet) as progress:
-        for after in (0, 1):
-            for g in range(bank.seeds):
-                part = slice(bank.of(after, g, 0), bank.of(after, g, 0) + len(bank.depths))
-                if not after and base.masking is None:
-                    continue
-                params = models[1 + g] if after else base.params
-                total = count = 0.0
-                for begin in range(0, len(rows), ROWS):
-                    key = jax.random.fold_in(jax.random.key(50_021), begin)
-                    trees_J = jax.tree.map(lambda leaf, part=part: leaf[part], bank.tree)
-                    sums_J3, count_J = losses(params, trees_J, _batch(bench.examples, rows, begin), key, bool(after))
-                    total, count = total + np.asarray(sums_J3, np.float64), count + np.asarray(count_J, np.float64)
-                    progress.update(min(ROWS, len(rows) - begin))
-                found[part] = total / np.maximum(count, 1)[:, None]
+    # the pre-trained model is one for all seeds, the fine-tuned ones are one each
+    work = [(1, [g], models[1 + g]) for g in range(G)] + ([(0, list(range(G)), base.params)] if masking else [])
+    with Progress(len(work) * len(rows), f"{bench.task.name}: splice", "texts", quiet=run.quiet) as progress:
+        for after, seeds, params in work:
+            members_XJ = np.array([[bank.of(after, g, j) for j in range(J)] for g in seeds])
+            trees_XJ = jax.tree.map(lambda leaf, members_XJ=members_XJ: leaf[members_XJ], bank.tree)
+            totals = None
+            for begin in range(0, len(rows), ROWS):
+                key = jax.random.fold_in(jax.random.key(50_021), begin)
+                sums = losses(params, trees_XJ, _batch(bench.examples, rows, begin), key, bool(after))
+                sums = [np.asarray(value, np.float64) for value in sums]
+                totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
+                progress.update(min(ROWS, len(rows) - begin))
+            spliced_XJ, zeros_J, clean, count = totals
+            found[members_XJ, 0], found[members_XJ, 1] = clean / count, spliced_XJ / count
+            found[members_XJ, 2] = np.broadcast_to(zeros_J / count, members_XJ.shape)
     return {"spliced": found}
 
 

@@ -172,7 +172,8 @@ def step(rounds: int, steps: int) -> None:
 
 
 def bank(rounds: int, steps: int) -> None:
-    """The 18 dictionaries of arXiv 2502.16722: 3 layers x 3 sets x {pre-trained, fine-tuned}."""
+    """The 18 dictionaries of arXiv 2502.16722 (3 layers x 3 sets x {pre-trained, fine-tuned}) in shape and batch;
+    start, rate and penalty are such that SAELens' trainer can have the same."""
     G, batch, sparsity = 18, 16, 7.5e-4
     cfg = DictionaryConfig(
         768, 1024, activation="relu", subtract_bias=False, decoder="free", weigh_codes=True, centre=False, scale="none"
@@ -269,7 +270,7 @@ def recovery(rounds: int, steps: int) -> None:
         train_cfg = TrainConfig(steps=steps, batch=512, dead_after=50_000)
         norm = dictionary.fit_norm(rows(None, activations.no_batch(2**30), None)[1], cfg)
         state = bert6_jax.train.fit(
-            train.make_step(cfg, train_cfg, rows, shared=True),
+            train.make_step(cfg, train_cfg, rows),
             train.init_state(jax.random.key(9), cfg, train_cfg, [hyper] * 3, norm),
             activations.no_batch, bert6_jax.train.FitConfig(steps, dispatch=50), label=name, quiet=True,
         )  # fmt: skip

@@ -320,6 +320,10 @@ def fit(
             if not (math.isfinite(now.get("loss", 0.0)) and math.isfinite(now["grad_norm"])):
                 last = checkpoint.steps(folder)[-1:] if folder is not None else []
                 kept = f"the checkpoint of step {last[0]} is kept" if last else "no checkpoint was written yet"
+                if not now.get("inputs_finite", 1.0):
+                    raise Diverged(
+                        f"{label}: the inputs of step {first + i + 1} hold NaN or infinity; check them ({kept})"
+                    )
                 raise Diverged(
                     f"{label}: loss {now.get('loss')} and gradient norm {now['grad_norm']} at step {first + i + 1}; "
                     f"lower the learning rate or raise the warm-up ({kept})"

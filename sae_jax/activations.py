@@ -13,6 +13,7 @@ Three ways to feed a train step (the `inputs` of `sae_jax.train.make_step`):
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bert6_jax import transformer
+from bert6_jax import lora, transformer
 from bert6_jax.config import TransformerConfig
 from bert6_jax.data.windows import rows_at
 from bert6_jax.errors import InputError
@@ -123,6 +124,8 @@ def open_stream(stream: Stream, params_X, tokens: dict[str, jax.Array], seed: in
         smaller than a batch and a forward pass, activations that are not finite.
     """
     check_sites(stream.model, stream.sites)
+    if stream.dtype not in ("float32", "bfloat16", "float16") or stream.rows < 1:
+        raise InputError(f"a stream of {stream.rows} rows in {stream.dtype}; give rows from 1 on and a float dtype")
     N, T = tokens["ids"].shape
     mask_NT = np.asarray(token_mask(tokens, stream.exclude, stream.first))
     if mask_NT.sum() < stream.batch:
@@ -253,7 +256,8 @@ def write_shards(
     """Activations of all harvested tokens as `shard_00000.npy` [n, S, D], beside them `token_00000.npy` [n, 2] (row,
     position), `rows_per_shard` rows of tokens a shard. Shards that are there are kept: a killed call goes on.
 
-    `description` says what the activations are of (model, text: JSON values); a folder made from another is refused.
+    `description` says what the activations are of (JSON values). A folder made with another description, settings,
+    parameters or text is refused.
 
     Raises:
       InputError: another description or settings in the folder, sites that are not there, an empty mask, activations
@@ -266,7 +270,8 @@ def write_shards(
     manifest = {
         "format": FORMAT, "description": description, "sites": [list(site) for site in sites],
         "models": int(jax.tree.leaves(params_X)[0].shape[0]), "token_rows": len(ids_NT), "exclude": list(exclude),
-        "first": first, "dtype": dtype, "rows_per_shard": rows_per_shard,
+        "first": first, "dtype": dtype, "rows_per_shard": rows_per_shard, "model": lora.fingerprint(params_X),
+        "text": hashlib.sha256(np.ascontiguousarray(np.stack([ids_NT, segment_NT]), np.int32).tobytes()).hexdigest(),
     }  # fmt: skip
     path = folder / "manifest.json"
     if path.exists():
@@ -388,6 +393,10 @@ def open_shards(folder: str | Path) -> Shards:
         for name, found in arrays.items():
             path = folder / f"{name}_{number:05d}.npy"
             found.append(_load(path))
-            if len(found[-1]) != size:
-                raise InputError(f"{path} has {len(found[-1])} rows, not {size}; remove it and call write_shards again")
+            shape = (size, *found[0].shape[1:])
+            if found[-1].shape != shape or found[-1].dtype != found[0].dtype:
+                there = f"{found[-1].dtype}{list(found[-1].shape)}"
+                raise InputError(
+                    f"{path} is {there}, not {found[0].dtype}{list(shape)}; remove it and call write_shards again"
+                )
     return Shards(manifest, arrays["shard"], arrays["token"])

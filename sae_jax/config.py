@@ -84,7 +84,7 @@ class TrainConfig:
     aux_k: int = 0  # dead latents that model a row's error; 0: half the width
     aux_norm: str = "variance"  # auxiliary loss in units of the rows' variance (OpenAI), or `none`: as it is (SAELens)
     dead_after: int = 10_000_000  # rows without firing that make a latent dead
-    threshold_decay: float = 0.999  # of the running mean that becomes batch_topk's threshold at inference
+    threshold_decay: float = 0.999  # at most, of the running mean that becomes batch_topk's threshold at inference
 
     def __post_init__(self):
         for name in ("steps", "batch", "dead_after"):

@@ -6,6 +6,7 @@ A dictionary is a tree that one checkpoint holds:
                gated: r_mag [F], b_mag [F] (b_enc is the gate's bias); jumprelu: log_threshold [F]
     norm       mean [H, D], scale [H]: what activations are normalised with; stored, never folded in silence
     threshold  [] batch_topk: the code that a latent must exceed at inference (negative: not learnt yet)
+    k          [] int32, active latents of a row; without it the configuration's (members of a bank may differ)
 
 `encode`, `decode` and `reconstruct` speak raw activations `[B, H, D]`; every function below them speaks normalised
 ones. With x the normalised row, x' = x - b_dec (or x) and n_f = (sum_h |W_dec[h, f]|^2)^(1/2):
@@ -26,7 +27,8 @@ The loss is a mean over rows of |x - xhat|^2 (summed over H and D) plus
                mu sum_f relu(tau_f - pre_f) n_f, the pre-activation loss             Anthropic January 2025
     all        aux |e - ehat|^2 var(x) / var(e): the k_aux largest dead latents of a row model its error e = x - xhat,
                without b_dec                                                                 arXiv 2406.04093 A.2
-    prefixes   Matryoshka: the squared error is the mean over the nested dictionaries       arXiv 2503.17547
+    prefixes   Matryoshka: the squared error is the mean over the nested dictionaries (there the sum), so that the other
+               terms keep their weight beside it                                            arXiv 2503.17547
 
 With `weigh_codes=False` n_f is 1 in the penalties.
 """
@@ -59,6 +61,7 @@ def fit_norm(x_NHD: jax.Array, cfg: DictionaryConfig) -> Params:
     `mean_norm`: scale = sqrt(D) / mean |x - mean| (SAELens' expected_average_only_in where `centre` is False);
     `mean_square`: sqrt(D / mean |x - mean|^2) (dictionary_learning). `token` and `none` store 1.
     """
+    check_width(x_NHD, cfg)
     H, D = x_NHD.shape[1:]
     x_NHD = x_NHD.astype(jnp.float32)
     mean_HD = x_NHD.mean(0) if cfg.centre else jnp.zeros((H, D), jnp.float32)
@@ -94,27 +97,34 @@ def denormalise(norm: Params, y_BHD: jax.Array, undo: Any) -> jax.Array:
 def encode(dictionary: Dictionary, x_BHD: jax.Array, cfg: DictionaryConfig) -> jax.Array:
     """Codes `[B, F]` of raw activations, as at inference: batch_topk by its threshold, and while it has learnt none
     (negative) by the largest of the rows given."""
-    _check_width(x_BHD, cfg)
+    check_width(x_BHD, cfg)
     x_BHD, _ = normalise(dictionary["norm"], x_BHD, cfg)
-    return codes(dictionary["params"], x_BHD, cfg, threshold=dictionary["threshold"])
+    return _codes_of(dictionary, x_BHD, cfg)
 
 
 def decode(dictionary: Dictionary, z_BF: jax.Array, cfg: DictionaryConfig, undo: Any = None) -> jax.Array:
     """Raw activations `[B, H, D]` of codes; `undo` from `normalise` where the scale is each token's own."""
     if cfg.scale == "token" and undo is None:
         raise ValueError("a dictionary with scale='token' decodes rows it has seen: use `reconstruct`")
+    if z_BF.ndim != 2 or z_BF.shape[1] != cfg.latents:
+        raise InputError(f"codes of shape {list(z_BF.shape)} for {cfg.latents} latents; give [rows, {cfg.latents}]")
     return denormalise(dictionary["norm"], reconstruction(dictionary["params"], z_BF), undo)
 
 
 def reconstruct(dictionary: Dictionary, x_BHD: jax.Array, cfg: DictionaryConfig) -> tuple[jax.Array, jax.Array]:
     """(reconstruction in raw units `[B, H, D]`, codes `[B, F]`) of raw activations."""
-    _check_width(x_BHD, cfg)
+    check_width(x_BHD, cfg)
     y_BHD, undo = normalise(dictionary["norm"], x_BHD, cfg)
-    z_BF = codes(dictionary["params"], y_BHD, cfg, threshold=dictionary["threshold"])
+    z_BF = _codes_of(dictionary, y_BHD, cfg)
     return denormalise(dictionary["norm"], reconstruction(dictionary["params"], z_BF), undo), z_BF
 
 
-def _check_width(x_BHD, cfg: DictionaryConfig) -> None:
+def _codes_of(dictionary: Dictionary, y_BHD, cfg: DictionaryConfig) -> jax.Array:
+    return codes(dictionary["params"], y_BHD, cfg, k=dictionary.get("k"), threshold=dictionary["threshold"])
+
+
+def check_width(x_BHD, cfg: DictionaryConfig) -> None:
+    """Refuse rows that are not of the dictionary's heads and width."""
     if x_BHD.ndim != 3 or x_BHD.shape[1:] != (cfg.heads, cfg.width):
         raise InputError(
             f"activations of shape {list(x_BHD.shape)} for a dictionary of {cfg.heads} head(s) of width {cfg.width}; "
@@ -219,14 +229,14 @@ def codes(params: Params, x_BHD: jax.Array, cfg: DictionaryConfig, *, k=None, th
     if cfg.activation == "gated":
         return gated(params, pre_BF)[0]
     if cfg.activation == "jumprelu":
-        return jnp.where(pre_BF > jnp.exp(params["log_threshold"])[None], pre_BF, 0.0)
+        return jnp.where(pre_BF <= jnp.exp(params["log_threshold"])[None], 0.0, pre_BF)  # NaN stays NaN
     if cfg.activation == "topk":
         z_BK, index_BK = top_latents(pre_BF, cfg.k)
         return scatter_codes(_within(z_BK, k), index_BK, cfg.latents)
     keep_BF = batch_largest(pre_BF, k)
     if threshold is not None:
         keep_BF = jnp.where(threshold >= 0, pre_BF > threshold, keep_BF)
-    return jnp.where(keep_BF, pre_BF, 0.0)
+    return jnp.where(keep_BF | jnp.isnan(pre_BF), pre_BF, 0.0)  # NaN stays NaN
 
 
 def gated(params: Params, pre_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -285,6 +295,7 @@ def load(path: str | Path) -> tuple[Dictionary, DictionaryConfig, checkpoint.Che
     norm = {"mean": params["b_dec"], "scale": jax.ShapeDtypeStruct((cfg.heads,), jnp.float32)}
     bank = getattr(found.tree.get("threshold"), "shape", ())
     one = {"params": params, "norm": norm, "threshold": jax.ShapeDtypeStruct((), jnp.float32)}
+    one |= {"k": jax.ShapeDtypeStruct((), jnp.int32)} if "k" in found.tree else {}
     if jax.tree.map(jnp.shape, found.tree) != jax.tree.map(lambda leaf: (*bank, *leaf.shape), one):
         raise InputError(f"{path}: its arrays are not of the shapes of its config; restore it or remove the folder")
     return found.tree, cfg, found

@@ -426,7 +426,7 @@ def save_sae_lens(
     details = {"matryoshka_widths": list(cfg.prefixes)} if cfg.prefixes else {}
     training = {}
     if cfg.activation == "batch_topk":
-        details["k"] = cfg.k
+        details["k"] = int(dictionary.get("k", cfg.k))
         training["training_architecture"] = "matryoshka_batchtopk" if cfg.prefixes else "batchtopk"
     if details:
         training["training_architecture_details"] = details
@@ -508,7 +508,7 @@ def _to_sae_lens(dictionary: Dictionary, cfg: DictionaryConfig) -> tuple[Tensors
         "reshape_activations": "none",
     }
     if cfg.activation == "topk":
-        config |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+        config |= {"k": int(dictionary.get("k", cfg.k)), "rescale_acts_by_decoder_norm": False}
     return tensors, config
 
 

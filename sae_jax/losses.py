@@ -27,7 +27,7 @@ class Hyper(NamedTuple):
     k: Any = 32  # topk, batch_topk: at most `cfg.k`
     sparsity: Any = 1.0  # lambda
     pre_act: Any = 0.0  # mu, jumprelu's pre-activation loss
-    aux: Any = 1 / 32  # weight of the auxiliary loss
+    aux: Any = 1 / 32  # weight of the auxiliary loss, of every variant once latents are dead; 0: plain losses
 
 
 class Parts(NamedTuple):
@@ -55,6 +55,7 @@ def jump(pre_BF: jax.Array, log_threshold_F: jax.Array, cfg: DictionaryConfig) -
 
     d z / d tau = -tau / epsilon in the window. `straight_through="tau2"` goes on to log tau by the chain rule, another
     factor tau (the paper, SAELens, OpenMOSS); `tau1` leaves that out (crosscode): 10 times larger at tau = 0.1.
+    Pre-activations at or below 0 move no threshold, also inside the window (ours; the others do not mask them).
     """
     return _straight_through(pre_BF, log_threshold_F, cfg, True)
 
@@ -204,9 +205,9 @@ def auxiliary(params, x_BHD, residual_BHD, pre_BF, dead_F, cfg: DictionaryConfig
     """The dead latents' attempt at the error, of a fixed shape whatever their number (arXiv 2406.04093, A.2).
 
     The `aux_k` largest pre-activations of dead latents of a row (relu'd; fewer where fewer are dead) model its error
-    without b_dec: |e - ehat|^2 var(x) / var(e), so that its weight means the same whatever the scale of the rows and of
-    the error (OpenAI's and dictionary_learning's losses are in units where var(x) is 1). Zero, with zero gradients,
-    where nothing is dead or the error has no variance to divide by.
+    without b_dec: |e - ehat|^2 var(x) / var(e), so that its weight means the same whatever the scale of the rows and
+    of the error (OpenAI's and dictionary_learning's losses are in units where |x|^2 is about 1). Zero, with zero
+    gradients, where nothing is dead or the error has no variance to divide by.
     """
     K = min(train.aux_k or max(cfg.width // 2, 1), cfg.latents)
     rows = sparse.by_rows() and cfg.heads == 1

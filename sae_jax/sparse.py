@@ -1,8 +1,9 @@
 """Products with sparse codes, and the selections that make codes sparse.
 
 TopK codes are K values and K indices a row. On a CPU the products with them walk rows of the weights: one dense product
-(the encoder's) of the five of a training step is left. On GPUs and TPUs gathers and scatters lose to dense matrix
-products, so there the codes are made dense first (`by_rows` decides; both give the same numbers).
+(the encoder's) of the five of a training step is left. On GPUs and TPUs, where others found gathers and scatters to
+lose to dense matrix products (not measured here), the codes are made dense first. `by_rows` decides; both give the same
+numbers.
 """
 
 from __future__ import annotations

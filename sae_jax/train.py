@@ -106,9 +106,14 @@ def init_state(
       source: state of the inputs, from `activations.open_stream`.
     """
     G, H = len(hyper), cfg.heads
+    if not G:
+        raise InputError("a bank needs at least one member")
     for g, one in enumerate(hyper):
-        if cfg.activation in ("topk", "batch_topk") and not 0 < one.k <= cfg.k:
-            raise InputError(f"member {g} has k = {one.k}; it must lie in 1..{cfg.k}, the k of the configuration")
+        if cfg.activation in ("topk", "batch_topk") and (one.k != int(one.k) or not 0 < one.k <= cfg.k):
+            raise InputError(f"member {g} has k = {one.k}; it must be one of 1..{cfg.k}, the k of the configuration")
+        for name in ("lr", "sparsity", "pre_act", "aux"):
+            if not (np.isfinite(getattr(one, name)) and getattr(one, name) >= 0):
+                raise InputError(f"member {g} has {name} = {getattr(one, name)}; it must be a number from 0 on")
     if params is None:
         params = jax.vmap(lambda g: dictionary.init(jax.random.fold_in(key, g), cfg))(jnp.arange(G))
     found = jax.tree.map(jnp.shape, params)
@@ -117,11 +122,16 @@ def init_state(
         raise InputError(f"parameters of shapes {found} do not make a bank of {G}: expected {expected}")
     if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(norm)):
         raise InputError("the norm of the inputs is not finite: the activations are constant or hold NaN; check them")
+    if norm["mean"].shape[-2:] != (H, cfg.width) or norm["scale"].shape not in ((H,), (G, H)):
+        shapes = [list(norm[name].shape) for name in ("mean", "scale")]
+        raise InputError(f"a norm of shapes {shapes} for {G} dictionaries of {H} head(s) of width {cfg.width}")
     if norm["scale"].ndim == 1:
         norm = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (G, *leaf.shape)), norm)
     if cfg.decoder == "unit":
         params = params | {"W_dec": dictionary.unit_decoder(params["W_dec"])}
-    sites = np.broadcast_to(np.arange(H), (G, H)) if sites is None else np.asarray(sites).reshape(G, H)
+    sites = np.broadcast_to(np.arange(H), (G, H)) if sites is None else np.asarray(sites)
+    if sites.shape != (G, H) or sites.min() < 0:
+        raise InputError(f"sites {sites.tolist()} for {G} members of {H} head(s); give {H} numbers from 0 on for each")
     if source and not 0 <= sites.min() <= sites.max() < source["x"].shape[1]:
         raise InputError(f"members read the sites {np.unique(sites)}, the stream has {source['x'].shape[1]} of them")
     return BankState(
@@ -153,18 +163,15 @@ def rate(train: TrainConfig, step) -> jax.Array:
 Inputs = Callable[[Any, Any, Any], tuple[Any, jax.Array]]  # (source, batch, frozen) -> (source, x [B, S, D])
 
 
-def make_step(
-    cfg: DictionaryConfig, train: TrainConfig, inputs: Inputs, *, shared: bool = False, loop: bool | None = None
-):
+def make_step(cfg: DictionaryConfig, train: TrainConfig, inputs: Inputs, *, loop: bool | None = None):
     """The pure step of a bank for `bert6_jax.train.fit`.
 
     Args:
       inputs: gives the rows of all sites, `[B, S, D]`; see `activations.given` and `activations.streaming`.
-      shared: all members read the sites of the first (then nothing is copied per member).
       loop: members one after the other instead of side by side; default by backend and size.
 
     Metrics are means over the batch: `loss` (mean over members), and for member g `loss_g`, `error_g`, `l0_g`,
-    `dead_g`, and `grad_norm` (of all).
+    `dead_g`, `grad_norm` (of all), and `inputs_finite`, which tells bad activations from a rate that is too high.
     """
     if loop is None:
         loop = jax.default_backend() == "cpu" or cfg.heads * cfg.latents * cfg.width > LOOP_ABOVE
@@ -197,20 +204,15 @@ def make_step(
                 return gradients(params, x_BHD, norm, silent_F, hyper, p_weight, progress, following, with_aux)
 
             each = (state.params, x, state.norm, state.silent, state.hyper, state.p_weight)
-            if not loop:
-                return jax.vmap(one, in_axes=(0, None if shared else 0, 0, 0, 0, 0))(*each)
-            if not shared:
-                return jax.lax.map(lambda args: one(*args), each)
-            return jax.lax.map(lambda args: one(args[0], x, *args[1:]), (each[0], *each[2:]))
+            return jax.lax.map(lambda args: one(*args), each) if loop else jax.vmap(one)(*each)
 
         return run
 
     def step(state: BankState, batch, frozen=None) -> tuple[BankState, dict[str, jax.Array]]:
         source, x_BSD = inputs(state.source, batch, frozen)
-        if shared:
-            x = x_BSD[:, state.sites[0]]
-        else:
-            x = jax.vmap(lambda sites_H: x_BSD[:, sites_H])(state.sites)
+        # a site that is not there reads NaN, not its neighbour
+        x = jax.vmap(lambda sites_H: x_BSD.at[:, sites_H].get(mode="fill", fill_value=jnp.nan))(state.sites)
+        dictionary.check_width(x[0], cfg)
         B = x_BSD.shape[0]
         # One branch for the whole bank: inside of `vmap` a condition would compute both of its sides.
         revive = ((state.silent >= train.dead_after) & (state.hyper["aux"] > 0)[:, None]).any()
@@ -228,9 +230,13 @@ def make_step(
             params = params | {"W_dec": dictionary.unit_decoder(params["W_dec"])}
         silent = jnp.where(parts.fired_F, 0, jnp.minimum(state.silent + B, 2**30))
         least_G = jnp.where(jnp.isfinite(parts.least), parts.least, state.threshold)
-        kept = train.threshold_decay
+        # a mean over the last tenth of the steps so far, and never a longer one than `threshold_decay` makes: the first
+        # batches keep codes that are far too large
+        seen = state.step.astype(jnp.float32)
+        kept = jnp.minimum(train.threshold_decay, seen / (seen + 10.0))
         threshold = jnp.where(state.threshold < 0, least_G, kept * state.threshold + (1.0 - kept) * least_G)
         metrics = {"loss": parts.loss.mean(), "grad_norm": optax.tree.norm(norm_G)}
+        metrics["inputs_finite"] = jnp.isfinite(x).all().astype(jnp.float32)
         dead_G = (silent >= train.dead_after).mean(-1, dtype=jnp.float32)
         for g in range(dead_G.size):
             metrics |= {f"loss_{g}": parts.loss[g], f"error_{g}": parts.error[g], f"l0_{g}": parts.l0[g]}
@@ -258,11 +264,9 @@ def _annealed(params, y_BHD, cfg: DictionaryConfig, p_weight, progress, followin
 
 def member(state: BankState, g: int) -> dictionary.Dictionary:
     """Dictionary g of a bank, as `dictionary.encode` reads it and `save` keeps it."""
-    return jax.tree.map(
-        lambda leaf: leaf[g], {"params": state.params, "norm": state.norm, "threshold": state.threshold}
-    )
+    return jax.tree.map(lambda leaf: leaf[g], members(state))
 
 
 def members(state: BankState) -> dictionary.Dictionary:
     """The whole bank as one tree `[G, ...]`, for `jax.vmap` over `dictionary.encode` and the like."""
-    return {"params": state.params, "norm": state.norm, "threshold": state.threshold}
+    return {"params": state.params, "norm": state.norm, "threshold": state.threshold, "k": state.hyper["k"]}

@@ -336,7 +336,7 @@ def test_killed_in_between_it_goes_on(written, tmp_path):
         ({"sites": (("resid", 1), ("z", 1))}, "other sites;"),
         ({"rows_per_shard": 4}, "other rows_per_shard;"),
         ({"dtype": "float16"}, "other dtype;"),
-        ({"params": "one"}, "other models;"),
+        ({"params": "one"}, "other model, models;"),
         ({"dtype": "int8"}, "choose float32 or float16"),
         ({"sites": (("pattern", 0),)}, "choose one of"),
     ],
@@ -378,7 +378,7 @@ def test_a_shard_of_another_length_is_refused(written, tmp_path):
     for name, data in contents(source).items():
         (tmp_path / name).write_bytes(data)
     np.save(tmp_path / "shard_00001.npy", np.asarray(shards.x[1])[:-1])
-    with pytest.raises(InputError, match="shard_00001.npy has .* rows, not"):
+    with pytest.raises(InputError, match="shard_00001.npy is .*, not"):
         activations.open_shards(tmp_path)
     with pytest.raises(InputError, match="is no folder of activation shards"):
         activations.open_shards(tmp_path / "nowhere")

@@ -97,13 +97,13 @@ def test_a_bank_is_its_members_alone(name):
     norm, key = norms(cfg, G), jax.random.key(5)
     state = init_state(key, cfg, cfg_train, HYPER, norm, sites=sites)
     make = lambda **options: train.make_step(cfg, cfg_train, activations.given, **options)  # noqa: E731
-    banks = [run(make(shared=shared, loop=loop), state) for loop in loops]
+    banks = [run(make(loop=loop), state) for loop in loops]
     alone = make(loop=False)
     for g in range(G):
         params = jax.tree.map(lambda leaf, g=g: leaf[g : g + 1], state.params)
         one = init_state(
             jax.random.key(77), cfg, cfg_train, HYPER[g : g + 1], jax.tree.map(lambda leaf, g=g: leaf[g], norm),
-            params=params, sites=sites[g],
+            params=params, sites=sites[g : g + 1],
         )  # fmt: skip
         one, metrics = run(alone, one)
         for bank, bank_metrics in banks:
@@ -166,7 +166,8 @@ def test_the_step_is_adam_by_hand(activation, clip):
             p[name] = p[name] - 0.05 * share[number] * (7.0 if name == "log_threshold" else 1.0) * update
         p["W_dec"] = p["W_dec"] / np.linalg.norm(p["W_dec"], axis=-1, keepdims=True)
         silent = np.where(parts.fired_F, 0, silent + B)
-        threshold = float(parts.least) if threshold < 0 else 0.8 * threshold + 0.2 * float(parts.least)
+        kept = min(0.8, number / (number + 10))
+        threshold = float(parts.least) if threshold < 0 else kept * threshold + (1 - kept) * float(parts.least)
         np.testing.assert_allclose(metrics["dead_0"][number], (silent >= t.dead_after).mean(), rtol=1e-6)
     close({name: leaf[0] for name, leaf in end.params.items()}, p, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(end.silent[0], silent)
@@ -216,7 +217,42 @@ def test_a_threshold_is_learnt_where_nothing_fires():
             np.sort(np.asarray((x[:, 0] @ state.params["W_enc"][0, 0].T) * state.norm["scale"][0, 0]).ravel())[-B]
         )
         state, _ = step(state, {"x": x})
-    np.testing.assert_allclose(state.threshold[0], np.mean(seen), rtol=1e-4)
+    np.testing.assert_allclose(state.threshold[0], np.average(seen, weights=[2, 10]), rtol=1e-4)
+
+
+def test_batch_topk_keeps_as_many_at_inference_as_in_training():
+    """After a short training too, and each member of a bank its own k."""
+    cfg = config("batch_topk")
+    t = TrainConfig(150, batch=B, dead_after=10**6)
+    norm = dictionary.fit_norm(batch_at(0)["x"][:, :1], cfg)
+    state = init_state(jax.random.key(0), cfg, t, [Hyper(lr=0.01, k=2), Hyper(lr=0.01, k=4)], norm)
+    state, _ = run(train.make_step(cfg, t, activations.given), state, 150)
+    x = np.concatenate([batch_at(step)["x"][:, :1] for step in range(140, 150)])
+    for g, k in enumerate((2, 4)):
+        l0 = float((dictionary.encode(train.member(state, g), x, cfg) > 0).sum(1).mean())
+        assert abs(l0 - k) < 0.25 * k, (k, l0)
+
+
+def test_a_member_is_read_with_its_own_k():
+    cfg = config("topk")
+    state = init_state(jax.random.key(0), cfg, TRAIN, [Hyper(k=1), Hyper(k=4)], norms(cfg, 2))
+    for g, k in enumerate((1, 4)):
+        found = train.member(state, g)
+        assert int(found["k"]) == k
+        active = (dictionary.encode(found, batch_at(0)["x"][:, :1], cfg) > 0).sum(1)
+        assert active.max() == k
+
+
+def test_wrong_width_and_sites_that_are_not_there_are_told():
+    cfg = config("topk")
+    state = init_state(jax.random.key(0), cfg, TRAIN, [Hyper(k=2)], norms(cfg, 1), sites=[[S]])
+    step = jax.jit(train.make_step(cfg, TRAIN, activations.given))
+    with pytest.raises(InputError, match=f"width {D}"):
+        step(state, {"x": jnp.zeros((B, S, D + 1))})
+    with pytest.raises(loop.Diverged, match="inputs of step 1 hold NaN"):
+        loop.fit(
+            train.make_step(cfg, TRAIN, activations.given), state, batch_at, loop.FitConfig(2), quiet=True
+        )
 
 
 def test_members_start_apart_and_leave_as_dictionaries():
@@ -328,7 +364,7 @@ def test_members_that_do_not_stack_are_refused():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"hyper": [Hyper(k=4), Hyper(k=5)]}, "member 1 has k = 5; it must lie in 1..4"),
+        ({"hyper": [Hyper(k=4), Hyper(k=5)]}, "member 1 has k = 5; it must be one of 1..4"),
         ({"hyper": [Hyper(k=0)]}, "member 0 has k = 0"),
         ({"hyper": []}, "at least one member"),
         ({"params": "two"}, "do not make a bank of 1"),

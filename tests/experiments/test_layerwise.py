@@ -734,7 +734,7 @@ def test_the_authors_penalty_in_units_of_the_sum(tmp_path, monkeypatch):
         layerwise.train_dictionaries(Recorder(tmp_path), faithful, base, bench, models)
     ((cfg, train, hyper),) = seen
     assert hyper[0].sparsity == pytest.approx(1e-3 * MODEL.width / 40)
-        assert len(hyper) == 2 * 2  # a quarter, half and all of two blocks are two depths
+    assert len(hyper) == 2 * 2  # a quarter, half and all of two blocks are two depths
     assert train.steps == 2 * 32 / 4  # two passes over the texts
     rng = np.random.default_rng(0)
     x, xhat, z = rng.normal(size=(5, 16)), rng.normal(size=(5, 16)), rng.random((5, 40))

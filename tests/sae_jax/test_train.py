@@ -250,9 +250,7 @@ def test_wrong_width_and_sites_that_are_not_there_are_told():
     with pytest.raises(InputError, match=f"width {D}"):
         step(state, {"x": jnp.zeros((B, S, D + 1))})
     with pytest.raises(loop.Diverged, match="inputs of step 1 hold NaN"):
-        loop.fit(
-            train.make_step(cfg, TRAIN, activations.given), state, batch_at, loop.FitConfig(2), quiet=True
-        )
+        loop.fit(train.make_step(cfg, TRAIN, activations.given), state, batch_at, loop.FitConfig(2), quiet=True)
 
 
 def test_members_start_apart_and_leave_as_dictionaries():

@@ -194,6 +194,12 @@ class Examples(NamedTuple):
             "label": self.label_N[row_B],
         }
 
+    def filled(self, rows: np.ndarray, begin: int, size: int) -> dict[str, np.ndarray]:
+        """The batch of `rows[begin : begin + size]`, filled up to `size` with rows that are not valid."""
+        taken = rows[begin : begin + size]
+        row_B = np.concatenate([taken, np.full(size - len(taken), rows[0], rows.dtype)])
+        return self.batch(row_B, np.arange(size) < len(taken))
+
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], label_N: np.ndarray, num_classes: int, length: int) -> Examples:
     """The first `length` - 2 ids of every text between [CLS] and [SEP]; rows are as long as the longest needs.
@@ -249,11 +255,10 @@ def in_batches(examples: Examples, rows: np.ndarray, batch_size: int, fn: Callab
     """`fn` of the rows, `[N, ...]` from its results `[B, ...]`, computed in batches of one shape."""
     out = None
     for begin in range(0, len(rows), batch_size):
-        taken = rows[begin : begin + batch_size]
-        filled = np.concatenate([taken, np.full(batch_size - len(taken), rows[0], rows.dtype)])
-        result = np.asarray(jax.device_get(fn(examples.batch(filled, np.arange(batch_size) < len(taken)))))
+        result = np.asarray(jax.device_get(fn(examples.filled(rows, begin, batch_size))))
         out = np.empty((len(rows), *result.shape[1:]), result.dtype) if out is None else out
-        out[begin : begin + len(taken)] = result[: len(taken)]
+        count = min(batch_size, len(rows) - begin)
+        out[begin : begin + count] = result[:count]
     if out is None:
         raise ValueError("no rows")
     return out

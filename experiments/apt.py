@@ -226,10 +226,7 @@ def load_corpus(run: Run, cfg: AptConfig) -> Corpus:
         f"positions, {largest.dropped_documents} articles were too short; {cfg.held_out:,} articles held out"
     )
     run.say(description)
-    text_of_run = {"corpus": store.fingerprint, "vocabulary": tokenizer.sha256}
-    for what, there in run.stage("corpus", lambda: text_of_run).items():
-        if str(there) != text_of_run[what]:
-            raise InputError(f"{run.out}: the {what} is not the one that this run began with; use another --out")
+    run.keep_record("corpus", {"corpus": store.fingerprint, "vocabulary": tokenizer.sha256})
     if run.primary:
         (run.out / "checkpoints").mkdir(exist_ok=True)
         tokenizer.save(run.out / "checkpoints" / "tokenizer.json")

@@ -141,11 +141,15 @@ class Plan(NamedTuple):
         return split_rows(self.task, seed, self.train_rows, self.test_rows, by=by)
 
 
+def task_specs(task: Sequence[str]) -> list[str]:
+    """`--task` with `embedded` taken apart into its two tasks."""
+    both = ("embedded-topic", "embedded-relation")
+    return [s for spec in task for s in (both if spec == "embedded" else (spec,))]
+
+
 def load_tasks(cfg: FinetuneConfig, lang: language.Language | None, seed: int, pretraining_seeds: int) -> list[Plan]:
     """The tasks of `--task`; everything that is wrong with them is told before anything is trained."""
-    specs = [
-        s for spec in cfg.task for s in (("embedded-topic", "embedded-relation") if spec == "embedded" else (spec,))
-    ]
+    specs = task_specs(cfg.task)
     if not cfg.splits or not cfg.replace_shares:
         raise InputError("--splits and --replace-shares need at least one value each")
     if 0 < cfg.finetune_length < 3:

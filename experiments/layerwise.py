@@ -46,7 +46,7 @@ from bert6_jax.errors import InputError
 from bert6_jax.masking import MaskingConfig
 from bert6_jax.progress import Progress
 from experiments import apt
-from experiments.apt_finetune import finetune_step, member, slug
+from experiments.apt_finetune import finetune_step, member, slug, task_specs
 from experiments.harness import claims, cli, figures, report
 from experiments.harness.browser import Context, Feature, Group
 from experiments.harness.claims import Claim, named, proportion
@@ -193,7 +193,7 @@ class Base(NamedTuple):
 
 def load_base(run: Run, cfg: LayerwiseConfig) -> Base:
     """The model of `--model`, or one that is pre-trained on the embedded corpus here."""
-    lang, mesh = None, None
+    lang = None
     if not cfg.model:
         lang = language.make_language(apt.DEMO_LANGUAGE)
         size = max(apt.PRESETS["demo"].subset_sizes)
@@ -237,9 +237,7 @@ def keep_record(run: Run, base: Base, benches: Sequence[Bench]) -> None:
     """What the stages of this run are of; another model, vocabulary or text may not go on with them."""
     record = {"model": lora.fingerprint(base.params), "vocabulary": base.tokenizer.sha256}
     record |= {f"text of {bench.task.name}": bench.task.fingerprint for bench in benches}
-    for what, there in run.stage("base", lambda: record).items():
-        if str(there) != record[what]:
-            raise InputError(f"{run.out}: the {what} is not the one that this run began with; use another --out")
+    run.keep_record("base", record)
     if run.primary:
         (run.out / "checkpoints").mkdir(exist_ok=True)
         base.tokenizer.save(run.out / "checkpoints" / "tokenizer.json")
@@ -417,7 +415,7 @@ def compare(run: Run, base: Base, bench: Bench, label: str, a: Sequence, b: Sequ
     with Progress(2 * len(rows), f"{bench.task.name}: similarity, {label}", "texts", quiet=run.quiet) as progress:
         for centred in (False, True):
             for begin in range(0, len(rows), ROWS):
-                x, y, valid_Y, partner_Y = _pairs(a_X, b_X, _batch(bench.examples, rows, begin), base.model)
+                x, y, valid_Y, partner_Y = _pairs(a_X, b_X, bench.examples.filled(rows, begin, ROWS), base.model)
                 if not centred:
                     moments = _start(x, y, valid_Y) if moments is None else moments
                     moments = _update(moments, x, y, valid_Y)
@@ -443,12 +441,6 @@ def compare(run: Run, base: Base, bench: Bench, label: str, a: Sequence, b: Sequ
     found["procrustes"] = np.stack([similarity.procrustes(m)[at, at] for m in pairs])
     found["rsa"] = np.stack([similarity.rsa(m)[at, at] for m in pairs])
     return found | {"layers": layers, "tokens": np.int64(tokens)}
-
-
-def _batch(examples: classifier.Examples, rows: np.ndarray, begin: int) -> dict[str, np.ndarray]:
-    taken = rows[begin : begin + ROWS]
-    filled = np.concatenate([taken, np.full(ROWS - len(taken), rows[0], rows.dtype)])
-    return examples.batch(filled, np.arange(ROWS) < len(taken))
 
 
 # --- dictionaries ----------------------------------------------------------------------------------------------------
@@ -477,6 +469,10 @@ class Bank(NamedTuple):
         """`[seeds, J, ...]` of `[members, ...]`."""
         size = self.seeds * len(self.depths)
         return values[w * size : (w + 1) * size].reshape(self.seeds, len(self.depths), *values.shape[1:])
+
+    def both(self, values: np.ndarray) -> np.ndarray:
+        """`[2, seeds, J, ...]`, before and after fine-tuning, of `[members, ...]`."""
+        return np.stack([self.block(values, w) for w in (0, 1)])
 
 
 def depths_of(cfg: LayerwiseConfig, there: int) -> tuple[int, ...]:
@@ -664,7 +660,7 @@ def evaluate_bank(run: Run, cfg: LayerwiseConfig, base: Base, bench: Bench, bank
     total, strongest = None, np.zeros((members, len(rows), F), np.float32)
     with Progress(len(rows), f"{bench.task.name}: read the dictionaries", "texts", quiet=run.quiet) as progress:
         for begin in range(0, len(rows), ROWS):
-            batch = _batch(examples, rows, begin)
+            batch = examples.filled(rows, begin, ROWS)
             *sums, z_MRTF, mask_RT = look(bank.tree, params_X, batch)
             total = tuple(sums) if total is None else add(total, tuple(sums))
             top = top_update(top, z_MRTF, jnp.arange(begin, begin + ROWS, dtype=jnp.int32), mask_RT)
@@ -725,7 +721,7 @@ def splice_losses(run: Run, cfg: LayerwiseConfig, base: Base, bench: Bench, bank
             totals = None
             for begin in range(0, len(rows), ROWS):
                 key = jax.random.fold_in(jax.random.key(50_021), begin)
-                sums = losses(params, trees_XJ, _batch(bench.examples, rows, begin), key, bool(after))
+                sums = losses(params, trees_XJ, bench.examples.filled(rows, begin, ROWS), key, bool(after))
                 sums = [np.asarray(value, np.float64) for value in sums]
                 totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
                 progress.update(min(ROWS, len(rows) - begin))
@@ -786,7 +782,7 @@ def alive_mean(found: dict, name: str, bank: Bank) -> np.ndarray:
     """Mean over the latents that fire, `[2, seeds, J]` (before, after)."""
     alive_MF = found["density_F"] > 0
     mean_M = np.where(alive_MF, found[name], 0.0).sum(-1) / np.maximum(alive_MF.sum(-1), 1)
-    return np.stack([bank.block(mean_M, w) for w in (0, 1)])
+    return bank.both(mean_M)
 
 
 def study(run: Run, cfg: LayerwiseConfig, base: Base, bench: Bench) -> Result:
@@ -895,7 +891,8 @@ def write_tables(run: Run, cfg: LayerwiseConfig, results: Sequence[Result]) -> N
     rows = []
     for r in results:
         G = r.bank.seeds
-        spliced = np.stack([r.bank.block(r.found["spliced"], w) for w in (0, 1)])
+        spliced = r.bank.both(r.found["spliced"])
+        told = {name: alive_mean(r.found, name, r.bank) for name in ("auroc", "auroc_shuffled", "mutual_information")}
         for after in (0, 1):
             for j, depth in enumerate(r.bank.depths):
                 at = [r.bank.of(after, g, j) for g in range(G)]
@@ -908,8 +905,8 @@ def write_tables(run: Run, cfg: LayerwiseConfig, results: Sequence[Result]) -> N
                 line |= named("loss_recovered", evaluate.recovered(clean, loss, zeros))
                 line |= named("ev_of_fine_tuned", r.found["ev_of_fine_tuned"][at] if not after else [])
                 line |= named("gamma", r.bank.gamma[at])
-                for name in ("auroc", "auroc_shuffled", "mutual_information"):
-                    line |= named(name, alive_mean(r.found, name, r.bank)[after, :, j])
+                for name, values_2GJ in told.items():
+                    line |= named(name, values_2GJ[after, :, j])
                 rows.append(line)
     run.table("dictionaries", rows, "Dictionaries on single tokens of the test texts, by model and depth; "
               f"{over}. ev_*: explained variance by each published definition; dead: silent on the test texts; loss "
@@ -996,8 +993,7 @@ def draw(run: Run, cfg: LayerwiseConfig, results: Sequence[Result]) -> None:
 
     fig, axes = figures.new(1, 2, height=3.6)
     for r, colour in zip(results, figures.PALETTE, strict=False):
-        blocks = [np.stack([r.bank.block(r.found[name], w) for w in (0, 1)]) for name in ("ev_global", "spliced")]
-        ev_2GJ, spliced = blocks
+        ev_2GJ, spliced = r.bank.both(r.found["ev_global"]), r.bank.both(r.found["spliced"])
         for after, style in ((0, ":"), (1, "-")):
             label = f"{r.bench.task.name}, {'fine-tuned' if after else 'pre-trained'}"
             figures.seed_band(axes[0], r.bank.depths, ev_2GJ[after], label=label, linestyle=style, color=colour)
@@ -1021,7 +1017,7 @@ def views(run: Run, cfg: LayerwiseConfig, base: Base, results: Sequence[Result])
         tuned = checkpoint.load(run.out / "checkpoints" / r.bench.name / "pre-trained" / f"seed{cfg.seed}").tree
         models = [base.params, tuned]
         params_X = dictionaries.stack([trunk_of(params) for params in models])
-        shown, batch = [], _batch(examples, rows, 0)
+        shown, batch = [], examples.filled(rows, 0, ROWS)
         sites = activations.residual_sites(base.model)
         x_RTSD = jax.jit(partial(activations.harvest_models, cfg=base.model, sites=sites))(params_X, batch)
         M = base.model.depths
@@ -1092,9 +1088,7 @@ def feature_groups(run: Run, cfg: LayerwiseConfig, base: Base, r: Result, models
 
 
 def run_layerwise(run: Run, cfg: LayerwiseConfig) -> None:
-    specs = [
-        s for spec in cfg.task for s in (("embedded-topic", "embedded-relation") if spec == "embedded" else (spec,))
-    ]
+    specs = task_specs(cfg.task)
     cfg.dictionary(width=1)  # settings that cannot be are told before anything is trained
     if not cfg.model and any(not spec.startswith("embedded-") for spec in specs):
         raise InputError("real text needs --model (a checkpoint of experiments.apt, or a Hugging Face BERT) and --task")

@@ -232,11 +232,16 @@ def codes(params: Params, x_BHD: jax.Array, cfg: DictionaryConfig, *, k=None, th
         return jnp.where(pre_BF <= jnp.exp(params["log_threshold"])[None], 0.0, pre_BF)  # NaN stays NaN
     if cfg.activation == "topk":
         z_BK, index_BK = top_latents(pre_BF, cfg.k)
-        return scatter_codes(_within(z_BK, k), index_BK, cfg.latents)
+        return scatter_codes(within(z_BK, k), index_BK, cfg.latents)
     keep_BF = batch_largest(pre_BF, k)
     if threshold is not None:
         keep_BF = jnp.where(threshold >= 0, pre_BF > threshold, keep_BF)
     return jnp.where(keep_BF | jnp.isnan(pre_BF), pre_BF, 0.0)  # NaN stays NaN
+
+
+def code_weights(params: Params, cfg: DictionaryConfig) -> jax.Array:
+    """n [F] of the penalties."""
+    return jnp.sqrt(jnp.square(params["W_dec"]).sum((0, -1))) if cfg.weigh_codes else jnp.ones(cfg.latents)
 
 
 def gated(params: Params, pre_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -246,7 +251,7 @@ def gated(params: Params, pre_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(gate_BF > 0, magnitude_BF, 0.0), gate_BF
 
 
-def _within(z_BK, k) -> jax.Array:
+def within(z_BK: jax.Array, k) -> jax.Array:
     """relu of the first k (a row's values are sorted, largest first); the rest is zero."""
     return jnp.where(jnp.arange(z_BK.shape[-1])[None] < k, jax.nn.relu(z_BK), 0.0)
 

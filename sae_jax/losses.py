@@ -12,10 +12,12 @@ from sae_jax import sparse
 from sae_jax.config import DictionaryConfig, TrainConfig
 from sae_jax.dictionary import (
     Params,
+    code_weights,
     gated,
     pre_activations,
     product_with_decoder,
     reconstruction,
+    within,
 )
 
 
@@ -121,7 +123,7 @@ def loss(
     """
     zero = jnp.zeros((), jnp.float32)
     warm = jnp.minimum(1.0, (progress + 1e-9) / max(train.sparsity_warmup, 1e-9))
-    n_F = jnp.sqrt(jnp.square(params["W_dec"]).sum((0, -1))) if cfg.weigh_codes else jnp.ones(cfg.latents)
+    n_F = code_weights(params, cfg)
     sparse_codes = None
     penalty = extra = zero
     if cfg.activation == "topk":
@@ -131,7 +133,7 @@ def loss(
         value_BK, index_BK = sparse.top_latents(pre_BF, cfg.k)
         if rows:
             value_BK = _attach(params, x_BHD, value_BK, index_BK, cfg)
-        value_BK = jnp.where(jnp.arange(cfg.k)[None] < hyper.k, jax.nn.relu(value_BK), 0.0)
+        value_BK = within(value_BK, hyper.k)
         sparse_codes = (value_BK, index_BK) if rows else None
         z_BF = None if rows else sparse.scatter_codes(value_BK, index_BK, cfg.latents)
     else:

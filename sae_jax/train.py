@@ -132,7 +132,7 @@ def init_state(
     sites = np.broadcast_to(np.arange(H), (G, H)) if sites is None else np.asarray(sites)
     if sites.shape != (G, H) or sites.min() < 0:
         raise InputError(f"sites {sites.tolist()} for {G} members of {H} head(s); give {H} numbers from 0 on for each")
-    if source and not 0 <= sites.min() <= sites.max() < source["x"].shape[1]:
+    if source and sites.max() >= source["x"].shape[1]:
         raise InputError(f"members read the sites {np.unique(sites)}, the stream has {source['x'].shape[1]} of them")
     return BankState(
         jnp.zeros((), jnp.int32),
@@ -256,7 +256,7 @@ def _annealed(params, y_BHD, cfg: DictionaryConfig, p_weight, progress, followin
         return p_weight
     now, then = losses.exponent(cfg, progress), losses.exponent(cfg, following)
     pre_BF = dictionary.pre_activations(params, y_BHD, cfg)
-    n_F = jnp.sqrt(jnp.square(params["W_dec"]).sum((0, -1))) if cfg.weigh_codes else jnp.ones(cfg.latents)
+    n_F = dictionary.code_weights(params, cfg)
     on_BF = jax.nn.relu(dictionary.gated(params, pre_BF)[1] if cfg.activation == "gated" else pre_BF) * n_F[None]
     ratio = losses.power_sum(on_BF, now) / jnp.maximum(losses.power_sum(on_BF, then), 1e-20)
     return jnp.where(then < now, p_weight * ratio, p_weight)

@@ -185,6 +185,12 @@ class Run:
             self.say(f"stage {name}: finished before, loaded")
         return {key: value[()] if value.ndim == 0 else value for key, value in result.items()}
 
+    def keep_record(self, name: str, record: Mapping[str, str]) -> None:
+        """Keep in stage `name` what this run is of (hashes); `InputError` if it began with something else."""
+        for what, there in self.stage(name, lambda: record).items():
+            if str(there) != record[what]:
+                raise InputError(f"{self.out}: the {what} is not the one that this run began with; use another --out")
+
     def _load(self, path: Path) -> dict[str, np.ndarray] | None:
         try:
             file = path.open("rb")

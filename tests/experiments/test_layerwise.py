@@ -558,7 +558,7 @@ def test_compare_hangs_neither_on_padding_nor_on_batches(monkeypatch):
 def test_shuffled_partners_are_tokens_of_other_texts(lengths, strangers):
     """Half of the batch's tokens further on: another text unless one text holds more than half of the tokens."""
     bench = make_bench(lengths)
-    batch = layerwise._batch(bench.examples, np.arange(len(lengths)), 0)
+    batch = bench.examples.filled(np.arange(len(lengths)), 0, layerwise.ROWS)
     assert len(batch["ids"]) == layerwise.ROWS and batch["valid"].sum() == len(lengths)
     stack = dictionaries.stack([layerwise.trunk_of(make_params(1))])
     *_, mask_Y, partner_Y = (np.asarray(x) for x in layerwise._pairs(stack, stack, batch, MODEL))

@@ -173,7 +173,7 @@ def bank(rounds: int, steps: int) -> None:
     start, rate and penalty are such that SAELens' trainer can have the same."""
     G, batch, sparsity = 18, 16, 7.5e-4
     cfg = DictionaryConfig(
-        768, 1024, activation="relu", subtract_bias=False, decoder="free", weigh_codes=True, centre=False, scale="none"
+        768, 1024, activation="relu", subtract_bias=False, decoder="free", code_norm="l2", centre=False, scale="none"
     )
     print(f"bank of {G} dictionaries: d 768, 1,024 latents, ReLU + L1, batch {batch}, float32, {device()}")
     x_NBSD = planted_rows(cfg.width, batch, 20, G)

@@ -1,7 +1,7 @@
 """Mesh, shardings and multi-process start: one step function for any number of devices.
 
-The mesh has two axes: `data` splits the rows of a batch, `model` the MLP, the heads and the vocabulary. Axis types are
-`Auto`, so `jit` chooses the collectives; one device is the mesh of size 1 x 1.
+The mesh has two axes: `data` splits the rows of a batch, `model` the MLP, the heads, the vocabulary and the latents of
+dictionaries. Axis types are `Auto`, so `jit` chooses the collectives; one device is the mesh of size 1 x 1.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ _MODEL_AXIS = {
     ("attn", "out", "kernel"): -2,
     ("mlp", "in", "kernel"): -1, ("mlp", "in", "bias"): -1, ("mlp", "out", "kernel"): -2,
     ("embed", "token"): -2,
+    # dictionaries: the latents
+    ("W_enc",): -2, ("W_dec",): -2, ("b_enc",): -1, ("log_threshold",): -1, ("r_mag",): -1, ("b_mag",): -1,
+    ("silent",): -1,
 }  # fmt: skip
 
 

@@ -244,9 +244,10 @@ def _compiled(step, mesh, structure, shardings):
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-def log_spaced(steps: int) -> tuple[int, ...]:
-    """0, 1, 2, 4, 8, ... and the last step."""
-    return (0, *(2**i for i in range(steps.bit_length()) if 2**i < steps), steps)
+def log_spaced(steps: int, even: int = 0) -> tuple[int, ...]:
+    """0, 1, 2, 4, 8, ... and the last step; with `even` also so many at equal distances."""
+    powers = (2**i for i in range(steps.bit_length()) if 2**i < steps)
+    return tuple(sorted({0, *powers, *(round(steps * i / even) for i in range(1, even)), steps}))
 
 
 @dataclass(frozen=True)

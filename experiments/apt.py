@@ -92,6 +92,7 @@ class PretrainConfig:
     unknown_targets: bool = option(True, "may [UNK] be a target, as in the authors' masking", "training")
     dispatch: int = option(1, "steps sent to the device at once", "training", min=1)
     checkpoint_every: int = option(1_000, "steps between checkpoints", "training", min=1)
+    snapshots: int = option(0, "snapshots at equal distances, beside those at 0, 1, 2, 4, ...", "training", min=0)
 
     readout: str = option("linear", "head that reads a depth (ours)", "readout", choices=readout.VARIANTS)
     readout_epochs: float = option(5.0, "passes over the training subset for the readouts (ours)", "readout", min=0.0)
@@ -260,7 +261,8 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 @cache
 def lm_step(model: TransformerConfig, masking: MaskingConfig, optimizer: train.OptimizerConfig):
-    return train.make_step(train.grad_of(objectives.masked_lm(model, masking)), train.make_optimizer(optimizer, 1, 1))
+    loss = objectives.next_token(model) if model.causal else objectives.masked_lm(model, masking)
+    return train.make_step(train.grad_of(loss), train.make_optimizer(optimizer, 1, 1))
 
 
 @cache
@@ -283,7 +285,8 @@ def finished(path: Path, kind: str, like, config: dict[str, Any], corpus: Corpus
 
 
 def pretrain(run: Run, cfg: AptConfig, corpus: Corpus, mesh, seed: int, size: int):
-    """The trunk with its masked-LM head, trained on W_S = `size`; snapshots at steps 0, 1, 2, 4, ... stay on disk."""
+    """The trunk with its head, trained on W_S = `size`, masked or, where the model is causal, on the next token;
+    snapshots at steps 0, 1, 2, 4, ... (and `cfg.snapshots` more) stay on disk."""
     model, windows = cfg.model(corpus.tokenizer.vocab_size), corpus.training[size]
     per_epoch = steps_per_epoch(windows.num_rows, cfg.batch)
     steps = cfg.epochs * per_epoch
@@ -308,12 +311,12 @@ def pretrain(run: Run, cfg: AptConfig, corpus: Corpus, mesh, seed: int, size: in
                 path, params, kind="transformer", config=dataclasses.asdict(model), step=number, tokenizer=tokenizer
             )
 
-    share = min(1.0, corpus.masking.slots / cfg.length)
+    share = 1.0 if model.causal else min(1.0, corpus.masking.slots / cfg.length)
     state = train.fit(
         step,
         train.init_state(params, tx, jax.random.fold_in(jax.random.key(seed), 1)),
         batches(windows, seed, cfg.batch),
-        train.FitConfig(steps, cfg.dispatch, cfg.checkpoint_every, train.log_spaced(steps)),
+        train.FitConfig(steps, cfg.dispatch, cfg.checkpoint_every, train.log_spaced(steps, cfg.snapshots)),
         mesh=mesh,
         folder=folder(run, seed, size, "state"),
         description={"stage": stage, "model": dataclasses.asdict(model)},

@@ -151,7 +151,7 @@ class LayerwiseConfig:
         if self.activation in ("relu", "jumprelu"):
             kind["decoder"] = "free"
         if self.plain:
-            kind |= {"subtract_bias": False, "decoder": "free", "weigh_codes": False, "centre": False, "scale": "none"}
+            kind |= {"subtract_bias": False, "decoder": "free", "code_norm": "none", "centre": False, "scale": "none"}
         if self.activation not in ("topk", "batch_topk"):
             kind["k"] = 1
         return DictionaryConfig(width, self.latents, **kind)

@@ -7,37 +7,48 @@ A dictionary is a tree that one checkpoint holds:
     norm       mean [H, D], scale [H]: what activations are normalised with; stored, never folded in silence
     threshold  [] batch_topk: the code that a latent must exceed at inference (negative: not learnt yet)
     k          [] int32, active latents of a row; without it the configuration's (members of a bank may differ)
+    gate_scale [H] only after `fold`: what a head's decoder norms are multiplied by before they enter a gate
 
 `encode`, `decode` and `reconstruct` speak raw activations `[B, H, D]`; every function below them speaks normalised
-ones. With x the normalised row, x' = x - b_dec (or x) and n_f = (sum_h |W_dec[h, f]|^2)^(1/2):
+ones. With x the normalised row, x' = x - b_dec (or x), n_hf = |W_dec[h, f]|, and g_f of the shared gate 1, the l2 norm
+(sum_h n_hf^2)^(1/2) or the l1 norm sum_h n_hf (`gate_norm`; 1 in the papers of autoencoders):
 
-    pre        = sum_h x'_h W_enc[h]^T + b_enc                                                              [B, F]
+    pre        = sum_h x'_h W_enc[h]^T + b_enc, or the mean over heads (`aggregate`)                       [B, F]
     relu       z = relu(pre);                        Bricken et al. 2023 (n = 1), Anthropic April 2024 (n free)
     gated      z = 1[pre > 0] relu(e^{r_mag} sum_h x'_h W_enc[h]^T + b_mag)               arXiv 2404.16014 eq. 6, 7
-    topk       z = relu(pre) on the k largest of a row                                          arXiv 2406.04093 eq. 3
-    batch_topk z = relu(pre) on the k B largest of the batch; at inference pre 1[pre > threshold] arXiv 2412.06410
-    jumprelu   z = pre 1[pre > tau], tau = e^{log_threshold}                              arXiv 2407.14435 eq. 3
-    xhat_h     = z W_dec[h] + b_dec[h]
+    topk       z = relu(pre) where pre g is among the k largest of a row                        arXiv 2406.04093 eq. 3
+    batch_topk z = relu(pre) where pre g is among the k B largest of the batch; at inference pre 1[pre g > threshold]
+                                                                   arXiv 2412.06410; with g = l1: dictionary_learning
+    jumprelu   z = pre 1[pre g > tau], tau = e^{log_threshold}                            arXiv 2407.14435 eq. 3
+    xhat_h     = f_h W_dec[h] + b_dec[h], f_h = z
 
-The loss is a mean over rows of |x - xhat|^2 (summed over H and D) plus
+With a gate per head (`gate="per_head"`, arXiv 2509.17196's code) every head lets the one `pre` through by its own norm:
+f_h = pre 1[pre n_h > tau] (jumprelu), or by the k B H largest pre n_h of the batch (batch_topk), so of one latent the
+heads with larger decoders fire first. The code z is then `pre` wherever any head fires; `at_head` gives f_h. No array
+`[B, H, F]` ever exists: the heads are walked one after the other, and backwards once more.
+
+The loss is a mean over rows of |x - xhat|^2 (summed over H and D) plus, with n_f by `code_norm` (l2, l1 or 1),
 
     relu       lambda sum_f (z_f n_f)^p, p from 1 to p_end                          p-annealing: arXiv 2408.00113
     gated      lambda sum_f relu(pre_f) n_f + |x - xhat(relu(pre))|^2 through a frozen decoder      2404.16014 eq. 8
-    jumprelu   lambda sum_f 1[pre_f > tau_f], or lambda sum_f tanh(c z_f n_f);      arXiv 2407.14435 eq. 9
+    jumprelu   lambda sum_f 1[pre_f g_f > tau_f], or lambda sum_f tanh(c z_f n_f);  arXiv 2407.14435 eq. 9
+               or lambda sum_f p_f (1 + p_f / s), p_f the mean of tanh(c z_f n_f) over rows: tanh_quad, OpenMOSS;
                mu sum_f relu(tau_f - pre_f) n_f, the pre-activation loss             Anthropic January 2025
     all        aux |e - ehat|^2 var(x) / var(e): the k_aux largest dead latents of a row model its error e = x - xhat,
                without b_dec                                                                 arXiv 2406.04093 A.2
     prefixes   Matryoshka: the squared error is the mean over the nested dictionaries (there the sum), so that the other
                terms keep their weight beside it                                            arXiv 2503.17547
 
-With `weigh_codes=False` n_f is 1 in the penalties.
+With `code_norm="per_head"` codes and norms are f_h and n_h, the terms are summed over heads, and tanh_quad's p is the
+mean over rows and heads, times H: the whole loss is H times OpenMOSS's, so lambda means what it means there. p is
+squared after it was averaged over the whole batch, whatever devices hold its rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +57,7 @@ import numpy as np
 from bert6_jax import checkpoint
 from bert6_jax.errors import InputError
 from sae_jax.config import DictionaryConfig
-from sae_jax.sparse import batch_largest, scatter_codes, top_latents
+from sae_jax.sparse import batch_largest, largest_over_heads, scatter_codes, top_latents
 
 Params = dict[str, jax.Array]
 Dictionary = dict[str, Any]
@@ -99,7 +110,7 @@ def encode(dictionary: Dictionary, x_BHD: jax.Array, cfg: DictionaryConfig) -> j
     (negative) by the largest of the rows given."""
     check_width(x_BHD, cfg)
     x_BHD, _ = normalise(dictionary["norm"], x_BHD, cfg)
-    return _codes_of(dictionary, x_BHD, cfg)
+    return _codes_and_gate(dictionary, x_BHD, cfg)[0]
 
 
 def decode(dictionary: Dictionary, z_BF: jax.Array, cfg: DictionaryConfig, undo: Any = None) -> jax.Array:
@@ -108,19 +119,54 @@ def decode(dictionary: Dictionary, z_BF: jax.Array, cfg: DictionaryConfig, undo:
         raise ValueError("a dictionary with scale='token' decodes rows it has seen: use `reconstruct`")
     if z_BF.ndim != 2 or z_BF.shape[1] != cfg.latents:
         raise InputError(f"codes of shape {list(z_BF.shape)} for {cfg.latents} latents; give [rows, {cfg.latents}]")
-    return denormalise(dictionary["norm"], reconstruction(dictionary["params"], z_BF), undo)
+    xhat_BHD = reconstruction(dictionary["params"], z_BF, cfg, _gate(dictionary, cfg))
+    return denormalise(dictionary["norm"], xhat_BHD, undo)
+
+
+def at_head(dictionary: Dictionary, z_BF: jax.Array, cfg: DictionaryConfig, head: int | jax.Array) -> jax.Array:
+    """Codes `[B, F]` as one head (may be traced) lets them through: f_h of a gate per head, else z itself."""
+    if not per_head(cfg):
+        return z_BF
+    gate = _gate(dictionary, cfg)
+    return through(z_BF, gate.norm_HF[head], gate.level)
 
 
 def reconstruct(dictionary: Dictionary, x_BHD: jax.Array, cfg: DictionaryConfig) -> tuple[jax.Array, jax.Array]:
     """(reconstruction in raw units `[B, H, D]`, codes `[B, F]`) of raw activations."""
     check_width(x_BHD, cfg)
     y_BHD, undo = normalise(dictionary["norm"], x_BHD, cfg)
-    z_BF = _codes_of(dictionary, y_BHD, cfg)
-    return denormalise(dictionary["norm"], reconstruction(dictionary["params"], z_BF), undo), z_BF
+    z_BF, gate = _codes_and_gate(dictionary, y_BHD, cfg)
+    return denormalise(dictionary["norm"], reconstruction(dictionary["params"], z_BF, cfg, gate), undo), z_BF
 
 
-def _codes_of(dictionary: Dictionary, y_BHD, cfg: DictionaryConfig) -> jax.Array:
-    return codes(dictionary["params"], y_BHD, cfg, k=dictionary.get("k"), threshold=dictionary["threshold"])
+def _codes_and_gate(dictionary: Dictionary, y_BHD, cfg: DictionaryConfig) -> tuple[jax.Array, Gate]:
+    settings = {"k": dictionary.get("k"), "threshold": dictionary["threshold"]}
+    return codes_and_gate(dictionary["params"], y_BHD, cfg, **settings, gate_scale_H=dictionary.get("gate_scale"))
+
+
+def fold(dictionary: Dictionary, cfg: DictionaryConfig) -> Dictionary:
+    """The same function with mean 0 and scale 1: the normalisation in the weights, for code that knows of none.
+
+    Decoders are then in raw units, so that a gate that reads their norms needs the scale back: it stays as
+    `gate_scale`. (OpenMOSS' release scales the biases only, which leaves another function.)
+    """
+    if cfg.scale == "token":
+        raise InputError("a dictionary with scale='token' scales every row by itself; nothing can be folded")
+    params, norm = dictionary["params"], dictionary["norm"]
+    scale_H11, scale_H1 = norm["scale"][:, None, None], norm["scale"][:, None]
+    W_enc_HFD = params["W_enc"] * scale_H11
+    b_dec_HD = params["b_dec"] / scale_H1 + norm["mean"]
+    folded = params | {"W_enc": W_enc_HFD, "W_dec": params["W_dec"] / scale_H11, "b_dec": b_dec_HD}
+    if not cfg.subtract_bias:
+        share = 1.0 if cfg.aggregate == "sum" else 1.0 / cfg.heads
+        moved_F = jnp.einsum("hfd,hd->f", W_enc_HFD, norm["mean"], precision=jax.lax.Precision.HIGHEST)
+        bias = {"b_enc": params["b_enc"] - np.float32(share) * moved_F}
+        if cfg.activation == "gated":
+            bias["b_mag"] = params["b_mag"] - np.float32(share) * moved_F * jnp.exp(params["r_mag"])
+        folded |= bias
+    before_H = dictionary.get("gate_scale", jnp.ones(cfg.heads, jnp.float32))
+    identity = {"mean": jnp.zeros_like(norm["mean"]), "scale": jnp.ones_like(norm["scale"])}
+    return dictionary | {"params": folded, "norm": identity, "gate_scale": before_H * norm["scale"]}
 
 
 def check_width(x_BHD, cfg: DictionaryConfig) -> None:
@@ -166,12 +212,18 @@ def geometric_median(x_ND: jax.Array, iterations: int = 100) -> jax.Array:
 
 
 def search_norm(params: Params, x_BHD: jax.Array, cfg: DictionaryConfig, norms=None) -> tuple[Params, jax.Array]:
-    """Scale fresh tied weights to the norm that reconstructs `x_BHD` (normalised) best, from a grid (default: 50
-    points in [0.1, 5]; OpenMOSS' decoder-norm search). Returns the parameters and the squared error at every norm.
+    """Scale fresh tied weights to the norm that reconstructs `x_BHD` (normalised) best, from a grid (default:
+    OpenMOSS', 50 points in [0.1, 5] and then 20 around the best). Returns the parameters and the squared error at every
+    norm of the last grid.
 
     With unit decoders the encoder alone is scaled.
     """
-    norms_X = jnp.linspace(0.1, 5.0, 50, dtype=jnp.float32) if norms is None else jnp.asarray(norms, jnp.float32)
+    if norms is None:
+        coarse_X = np.linspace(0.1, 5.0, 50, dtype=np.float32)
+        _, error_X = search_norm(params, x_BHD, cfg, coarse_X)
+        around_X = jnp.linspace(-0.09, 0.1, 20, dtype=jnp.float32)
+        norms = jnp.maximum(jnp.asarray(coarse_X)[jnp.argmin(error_X)] + around_X, 0.01)
+    norms_X = jnp.asarray(norms, jnp.float32)
     unit_HFD = params["W_dec"] / jnp.linalg.norm(params["W_dec"], axis=-1, keepdims=True)
 
     def scaled(norm):
@@ -180,7 +232,8 @@ def search_norm(params: Params, x_BHD: jax.Array, cfg: DictionaryConfig, norms=N
 
     def error(norm):
         there = scaled(norm)
-        xhat_BHD = reconstruction(there, codes(there, x_BHD, cfg))
+        z_BF, gate = codes_and_gate(there, x_BHD, cfg)
+        xhat_BHD = reconstruction(there, z_BF, cfg, gate)
         return jnp.square(x_BHD - xhat_BHD).sum((-1, -2)).mean()
 
     error_X = jax.lax.map(error, norms_X)
@@ -191,6 +244,14 @@ def unit_decoder(W_dec_HFD: jax.Array) -> jax.Array:
     """Every latent's decoder scaled to norm 1 in every head; rows of zeros stay."""
     norm_HF1 = jnp.linalg.norm(W_dec_HFD, axis=-1, keepdims=True)
     return W_dec_HFD / jnp.where(norm_HF1 > 0, norm_HF1, 1.0)
+
+
+def tie_shared(leaf_HFD: jax.Array, cfg: DictionaryConfig) -> jax.Array:
+    """The shared latents' rows replaced by their mean over heads: of decoders, and of their gradients."""
+    if not cfg.shared_latents:
+        return leaf_HFD
+    mean_1FD = leaf_HFD[:, : cfg.shared_latents].mean(0, keepdims=True)
+    return leaf_HFD.at[:, : cfg.shared_latents].set(jnp.broadcast_to(mean_1FD, (cfg.heads, *mean_1FD.shape[1:])))
 
 
 def tangent(gradient_HFD: jax.Array, W_dec_HFD: jax.Array) -> jax.Array:
@@ -206,6 +267,8 @@ def pre_activations(params: Params, x_BHD: jax.Array, cfg: DictionaryConfig) -> 
     if cfg.subtract_bias:
         x_BHD = x_BHD - params["b_dec"][None]
     pre_BF = _product(x_BHD, params["W_enc"])
+    if cfg.aggregate == "mean" and cfg.heads > 1:
+        pre_BF = pre_BF * np.float32(1 / cfg.heads)
     return pre_BF if cfg.activation == "gated" else pre_BF + params["b_enc"][None]
 
 
@@ -216,32 +279,122 @@ def _product(x_BHD, W_HFD) -> jax.Array:
     return jnp.einsum("bhd,hfd->bf", x_BHD, W_HFD)
 
 
+def head_norms(params: Params, gate_scale_H: jax.Array | None = None) -> jax.Array:
+    """n [H, F]: decoder norms, in the units that gates read."""
+    n_HF = jnp.linalg.norm(params["W_dec"], axis=-1)
+    return n_HF if gate_scale_H is None else n_HF * gate_scale_H[:, None]
+
+
+def per_head(cfg: DictionaryConfig) -> bool:
+    """Has every head a gate of its own? With one head it is the shared gate on that head's norm, the same program."""
+    return cfg.gate == "per_head" and cfg.heads > 1
+
+
+class Gate(NamedTuple):
+    """What decides whether a latent fires; only a gate per head outlives the code."""
+
+    norm_HF: jax.Array | None  # what each head multiplies the code by; None: shared
+    level: jax.Array | None  # [F] or []: what the product must exceed
+
+
+def gate_norms(params: Params, cfg: DictionaryConfig, gate_scale_H: jax.Array | None = None) -> jax.Array | None:
+    """g [F] of a shared gate (None: 1) or n [H, F] of a gate per head. Outside of every gradient: the norm cancels in
+    the code, so none belongs to it."""
+    kind = "l2" if cfg.gate == "per_head" and cfg.heads == 1 else cfg.gate_norm
+    if kind == "none" and not per_head(cfg):
+        return None
+    n_HF = jax.lax.stop_gradient(head_norms(params, gate_scale_H))
+    return n_HF if per_head(cfg) else _over_heads(n_HF, kind)
+
+
+def _over_heads(n_HF, kind: str) -> jax.Array:
+    if kind == "l1" or n_HF.shape[0] == 1:
+        return n_HF.sum(0)
+    return jnp.sqrt(jnp.square(n_HF).sum(0))
+
+
+def through(pre_BF: jax.Array, norm_F: jax.Array | None, level) -> jax.Array:
+    """`pre` where pre norm exceeds the level, else zero; NaN stays NaN."""
+    read_BF = pre_BF if norm_F is None else pre_BF * norm_F[None]
+    return jnp.where(read_BF <= (level if jnp.ndim(level) == 0 else level[None]), 0.0, pre_BF)
+
+
 def codes(params: Params, x_BHD: jax.Array, cfg: DictionaryConfig, *, k=None, threshold=None) -> jax.Array:
     """Codes `[B, F]` of normalised rows.
 
     `k` (default `cfg.k`, may be traced, at most `cfg.k`) is for topk and batch_topk; with a `threshold` that is not
     negative batch_topk keeps what exceeds it, as at inference, in place of the batch's largest.
     """
+    return codes_and_gate(params, x_BHD, cfg, k=k, threshold=threshold)[0]
+
+
+def codes_and_gate(
+    params: Params, x_BHD: jax.Array, cfg: DictionaryConfig, *, k=None, threshold=None, gate_scale_H=None
+) -> tuple[jax.Array, Gate]:
+    """`codes`, and the gate that `reconstruction` needs where every head has its own."""
     pre_BF = pre_activations(params, x_BHD, cfg)
     k = cfg.k if k is None else k
+    shared = Gate(None, None)
     if cfg.activation == "relu":
-        return jax.nn.relu(pre_BF)
+        return jax.nn.relu(pre_BF), shared
     if cfg.activation == "gated":
-        return gated(params, pre_BF)[0]
+        return gated(params, pre_BF)[0], shared
+    norm = gate_norms(params, cfg, gate_scale_H)
+    if per_head(cfg):
+        level = gate_level(params, cfg, threshold)
+        if cfg.activation == "batch_topk":
+            of_batch = below(largest_over_heads(pre_BF, norm, k))
+            level = of_batch if threshold is None else jnp.where(threshold >= 0, level, of_batch)
+        return through(pre_BF, norm.max(0), level), Gate(norm, level)
     if cfg.activation == "jumprelu":
-        return jnp.where(pre_BF <= jnp.exp(params["log_threshold"])[None], 0.0, pre_BF)  # NaN stays NaN
+        return through(pre_BF, norm, gate_level(params, cfg, threshold)), shared
+    read_BF = pre_BF if norm is None else pre_BF * norm[None]
     if cfg.activation == "topk":
-        z_BK, index_BK = top_latents(pre_BF, cfg.k)
-        return scatter_codes(within(z_BK, k), index_BK, cfg.latents)
-    keep_BF = batch_largest(pre_BF, k)
+        read_BK, index_BK = top_latents(read_BF, cfg.k)
+        z_BK = read_BK if norm is None else jnp.take_along_axis(pre_BF, index_BK, axis=1)
+        return scatter_codes(within(z_BK, k), index_BK, cfg.latents), shared
+    keep_BF = batch_largest(read_BF, k)
     if threshold is not None:
-        keep_BF = jnp.where(threshold >= 0, pre_BF > threshold, keep_BF)
-    return jnp.where(keep_BF | jnp.isnan(pre_BF), pre_BF, 0.0)  # NaN stays NaN
+        keep_BF = jnp.where(threshold >= 0, read_BF > threshold, keep_BF)
+    return jnp.where(keep_BF | jnp.isnan(pre_BF), pre_BF, 0.0), shared  # NaN stays NaN
+
+
+def gate_level(params: Params, cfg: DictionaryConfig, threshold) -> jax.Array:
+    """What a gate's reading must exceed: tau [F] of jumprelu, the learnt threshold [] of batch_topk."""
+    if cfg.activation == "jumprelu":
+        return jnp.exp(params["log_threshold"])
+    return jnp.zeros(()) if threshold is None else threshold
+
+
+def below(value: jax.Array) -> jax.Array:
+    """The largest float below: what `value` itself still exceeds."""
+    return jnp.nextafter(value, jnp.float32(-np.inf))
+
+
+def _gate(dictionary: Dictionary, cfg: DictionaryConfig) -> Gate:
+    """The gate of codes that are there already."""
+    if not per_head(cfg):
+        return Gate(None, None)
+    params, threshold = dictionary["params"], dictionary["threshold"]
+    # a threshold that was not learnt yet lets through whatever code there is
+    level = gate_level(params, cfg, jnp.maximum(threshold, 0.0))
+    return Gate(gate_norms(params, cfg, dictionary.get("gate_scale")), level)
 
 
 def code_weights(params: Params, cfg: DictionaryConfig) -> jax.Array:
-    """n [F] of the penalties."""
-    return jnp.sqrt(jnp.square(params["W_dec"]).sum((0, -1))) if cfg.weigh_codes else jnp.ones(cfg.latents)
+    """n of the penalties: [F], or [H, F] with `code_norm="per_head"`."""
+    if cfg.code_norm == "none":
+        return jnp.ones(cfg.latents)
+    if cfg.code_norm == "l2" or cfg.heads == 1:  # one root of one sum: its gradient is finite where a head is all zero
+        return jnp.sqrt(jnp.square(params["W_dec"]).sum((0, -1)))
+    n_HF = safe_norms(params["W_dec"])
+    return n_HF if cfg.code_norm == "per_head" else n_HF.sum(0)
+
+
+def safe_norms(W_HFD: jax.Array) -> jax.Array:
+    """Norms `[H, F]` of rows, with gradient zero where a row is zero."""
+    square_HF = jnp.square(W_HFD).sum(-1)
+    return jnp.where(square_HF > 0, jnp.sqrt(jnp.where(square_HF > 0, square_HF, 1.0)), 0.0)
 
 
 def gated(params: Params, pre_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -256,9 +409,17 @@ def within(z_BK: jax.Array, k) -> jax.Array:
     return jnp.where(jnp.arange(z_BK.shape[-1])[None] < k, jax.nn.relu(z_BK), 0.0)
 
 
-def reconstruction(params: Params, z_BF: jax.Array) -> jax.Array:
-    """Normalised reconstruction `[B, H, D]` of codes."""
-    return product_with_decoder(z_BF, params["W_dec"]) + params["b_dec"][None]
+def reconstruction(params: Params, z_BF: jax.Array, cfg: DictionaryConfig, gate: Gate | None = None) -> jax.Array:
+    """Normalised reconstruction `[B, H, D]` of codes; `gate` where every head has its own."""
+    if not per_head(cfg):
+        return product_with_decoder(z_BF, params["W_dec"]) + params["b_dec"][None]
+
+    def head(each):
+        W_FD, norm_F = each
+        return jnp.matmul(through(z_BF, norm_F, gate.level), W_FD)
+
+    xhat_HBD = jax.lax.map(head, (params["W_dec"], gate.norm_HF))
+    return jnp.moveaxis(xhat_HBD, 0, 1) + params["b_dec"][None]
 
 
 def product_with_decoder(z_BF, W_HFD) -> jax.Array:
@@ -300,7 +461,8 @@ def load(path: str | Path) -> tuple[Dictionary, DictionaryConfig, checkpoint.Che
     norm = {"mean": params["b_dec"], "scale": jax.ShapeDtypeStruct((cfg.heads,), jnp.float32)}
     bank = getattr(found.tree.get("threshold"), "shape", ())
     one = {"params": params, "norm": norm, "threshold": jax.ShapeDtypeStruct((), jnp.float32)}
-    one |= {"k": jax.ShapeDtypeStruct((), jnp.int32)} if "k" in found.tree else {}
+    optional = {"k": jax.ShapeDtypeStruct((), jnp.int32), "gate_scale": norm["scale"]}
+    one |= {name: leaf for name, leaf in optional.items() if name in found.tree}
     if jax.tree.map(jnp.shape, found.tree) != jax.tree.map(lambda leaf: (*bank, *leaf.shape), one):
         raise InputError(f"{path}: its arrays are not of the shapes of its config; restore it or remove the folder")
     return found.tree, cfg, found

@@ -7,16 +7,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from sae_jax import sparse
 from sae_jax.config import DictionaryConfig, TrainConfig
 from sae_jax.dictionary import (
     Params,
+    below,
     code_weights,
+    gate_norms,
     gated,
+    per_head,
     pre_activations,
     product_with_decoder,
     reconstruction,
+    through,
     within,
 )
 
@@ -39,9 +44,9 @@ class Parts(NamedTuple):
     error: jax.Array  # [] |x - xhat|^2
     penalty: jax.Array  # [] sparsity terms as they enter the loss
     aux: jax.Array  # [] auxiliary term as it enters the loss
-    l0: jax.Array  # []
-    least: jax.Array  # [] smallest positive code of the batch (inf: none)
-    fired_F: jax.Array  # bool: did the latent fire on any row
+    l0: jax.Array  # [] active latents of a row (and head, where each has a gate)
+    least: jax.Array  # [] smallest reading of the gate that was let through in the batch (inf: none)
+    fired_F: jax.Array  # bool: did the latent fire on any row, in any head
 
 
 # --- jumprelu --------------------------------------------------------------------------------------------------------
@@ -52,41 +57,48 @@ def _window(pre, tau, cfg: DictionaryConfig) -> jax.Array:
     return jnp.where(jnp.abs(pre - tau) < cfg.bandwidth / 2, np.float32(1 / cfg.bandwidth), 0.0)
 
 
-def jump(pre_BF: jax.Array, log_threshold_F: jax.Array, cfg: DictionaryConfig) -> jax.Array:
-    """pre 1[pre > tau] with the straight-through gradient of arXiv 2407.14435 (eq. 11) for the threshold.
+def jump(pre_BF: jax.Array, log_threshold_F: jax.Array, cfg: DictionaryConfig, norm_F=None) -> jax.Array:
+    """pre 1[pre n > tau] with the straight-through gradient of arXiv 2407.14435 (eq. 11) for the threshold; n = 1
+    without `norm_F`, which takes no gradient.
 
-    d z / d tau = -tau / epsilon in the window. `straight_through="tau2"` goes on to log tau by the chain rule, another
-    factor tau (the paper, SAELens, OpenMOSS); `tau1` leaves that out (crosscode): 10 times larger at tau = 0.1.
-    Pre-activations at or below 0 move no threshold, also inside the window (ours; the others do not mask them).
+    d (z n) / d tau = -tau / epsilon in the window of pre n. `straight_through="tau2"` goes on to log tau by the chain
+    rule, another factor tau (the paper, SAELens, OpenMOSS); `tau1` leaves that out (crosscode): 10 times larger at
+    tau = 0.1. Pre-activations at or below 0 move no threshold, also inside the window (ours; the others do not mask
+    them).
     """
-    return _straight_through(pre_BF, log_threshold_F, cfg, True)
+    return _straight_through(pre_BF, log_threshold_F, norm_F, cfg, True)
 
 
-def active(pre_BF: jax.Array, log_threshold_F: jax.Array, cfg: DictionaryConfig) -> jax.Array:
-    """1[pre > tau] with the straight-through gradient of arXiv 2407.14435 (eq. 12) for the threshold alone."""
-    return _straight_through(pre_BF, log_threshold_F, cfg, False)
+def active(pre_BF: jax.Array, log_threshold_F: jax.Array, cfg: DictionaryConfig, norm_F=None) -> jax.Array:
+    """1[pre n > tau] with the straight-through gradient of arXiv 2407.14435 (eq. 12) for the threshold alone."""
+    return _straight_through(pre_BF, log_threshold_F, norm_F, cfg, False)
 
 
-def _straight_through(pre_BF, log_threshold_F, cfg: DictionaryConfig, values: bool):
+def _straight_through(pre_BF, log_threshold_F, norm_F, cfg: DictionaryConfig, values: bool):
+    def read(pre_BF, norm_F):
+        return pre_BF if norm_F is None else pre_BF * norm_F[None]
+
     @jax.custom_vjp
-    def f(pre_BF, log_threshold_F):
-        on_BF = pre_BF > jnp.exp(log_threshold_F)[None]
+    def f(pre_BF, log_threshold_F, norm_F):
+        on_BF = read(pre_BF, norm_F) > jnp.exp(log_threshold_F)[None]
         return jnp.where(on_BF, pre_BF if values else 1.0, 0.0)
 
-    def forward(pre_BF, log_threshold_F):
-        return f(pre_BF, log_threshold_F), (pre_BF, log_threshold_F)
+    def forward(pre_BF, log_threshold_F, norm_F):
+        return f(pre_BF, log_threshold_F, norm_F), (pre_BF, log_threshold_F, norm_F)
 
     def backward(saved, g_BF):
-        pre_BF, log_threshold_F = saved
-        tau_1F = jnp.exp(log_threshold_F)[None]
+        pre_BF, log_threshold_F, norm_F = saved
+        tau_1F, read_BF = jnp.exp(log_threshold_F)[None], read(pre_BF, norm_F)
         slope_1F = (tau_1F if values else jnp.ones_like(tau_1F)) * (tau_1F if cfg.straight_through == "tau2" else 1.0)
+        if values and norm_F is not None:  # of z, not of z n
+            slope_1F = jnp.where(norm_F[None] > 0, slope_1F / jnp.where(norm_F[None] > 0, norm_F[None], 1.0), 0.0)
         # values at or below 0 are never let through: their side of the window moves no threshold
-        window_BF = jnp.where(pre_BF > 0, _window(pre_BF, tau_1F, cfg), 0.0)
-        g_pre_BF = jnp.where(pre_BF > tau_1F, g_BF, 0.0) if values else jnp.zeros_like(g_BF)
-        return g_pre_BF, -(g_BF * window_BF * slope_1F).sum(0)
+        window_BF = jnp.where(read_BF > 0, _window(read_BF, tau_1F, cfg), 0.0)
+        g_pre_BF = jnp.where(read_BF > tau_1F, g_BF, 0.0) if values else jnp.zeros_like(g_BF)
+        return g_pre_BF, -(g_BF * window_BF * slope_1F).sum(0), None
 
     f.defvjp(forward, backward)
-    return f(pre_BF, log_threshold_F)
+    return f(pre_BF, log_threshold_F, norm_F)
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -123,14 +135,17 @@ def loss(
     """
     zero = jnp.zeros((), jnp.float32)
     warm = jnp.minimum(1.0, (progress + 1e-9) / max(train.sparsity_warmup, 1e-9))
-    n_F = code_weights(params, cfg)
+    n = code_weights(params, cfg)
+    norm = gate_norms(params, cfg)
     sparse_codes = None
     penalty = extra = zero
     if cfg.activation == "topk":
         rows = sparse.by_rows() and cfg.heads == 1 and not cfg.prefixes
         # by rows, the gradient of the pre-activations is attached to those that are kept
         pre_BF = pre_activations(jax.lax.stop_gradient(params) if rows else params, x_BHD, cfg)
-        value_BK, index_BK = sparse.top_latents(pre_BF, cfg.k)
+        value_BK, index_BK = sparse.top_latents(pre_BF if norm is None else pre_BF * norm[None], cfg.k)
+        if norm is not None:
+            value_BK = jnp.take_along_axis(pre_BF, index_BK, axis=1)
         if rows:
             value_BK = _attach(params, x_BHD, value_BK, index_BK, cfg)
         value_BK = within(value_BK, hyper.k)
@@ -140,47 +155,152 @@ def loss(
         pre_BF = pre_activations(params, x_BHD, cfg)
         # without the barrier XLA's CPU backend computes the activation again inside of the products that read it
         pre_BF = jax.lax.optimization_barrier(pre_BF)
-        if cfg.activation == "relu":
+        if per_head(cfg):
+            z_BF = None
+        elif cfg.activation == "relu":
             z_BF = jax.nn.relu(pre_BF)
-            penalty = warm * hyper.sparsity * p_weight * power_sum(z_BF * n_F[None], exponent(cfg, progress))
+            cost_BF = z_BF * (n * _shares(cfg))[None]
+            penalty = warm * hyper.sparsity * p_weight * power_sum(cost_BF, exponent(cfg, progress))
         elif cfg.activation == "gated":
             z_BF, gate_BF = gated(params, pre_BF)
             pre_BF = gate_BF  # what the dead are ranked by
             on_BF = jax.nn.relu(gate_BF)
-            penalty = warm * hyper.sparsity * p_weight * power_sum(on_BF * n_F[None], exponent(cfg, progress))
+            cost_BF = on_BF * (n * _shares(cfg))[None]
+            penalty = warm * hyper.sparsity * p_weight * power_sum(cost_BF, exponent(cfg, progress))
             frozen = params | {name: jax.lax.stop_gradient(params[name]) for name in ("W_dec", "b_dec")}
-            extra = _error(x_BHD - reconstruction(frozen, on_BF))
+            extra = _error(x_BHD - reconstruction(frozen, on_BF, cfg))
         elif cfg.activation == "batch_topk":
-            keep_BF = sparse.batch_largest(jax.lax.stop_gradient(pre_BF), hyper.k)
+            read_BF = pre_BF if norm is None else pre_BF * norm[None]
+            keep_BF = sparse.batch_largest(jax.lax.stop_gradient(read_BF), hyper.k)
             z_BF = jnp.where(keep_BF, pre_BF, 0.0)
         else:
-            z_BF = jump(pre_BF, params["log_threshold"], cfg)
-            if cfg.penalty == "l0":
-                cost_BF = active(pre_BF, params["log_threshold"], cfg)
-            else:
-                cost_BF = jnp.tanh(np.float32(cfg.tanh_scale) * z_BF * n_F[None])
-            below_BF = jax.nn.relu(jnp.exp(params["log_threshold"])[None] - pre_BF) * n_F[None]
-            penalty = warm * hyper.sparsity * cost_BF.sum(-1).mean() + hyper.pre_act * below_BF.sum(-1).mean()
-        z_BF = jax.lax.optimization_barrier(z_BF)
+            z_BF = jump(pre_BF, params["log_threshold"], cfg, norm)
+            cost_F, below_F = _costs(params, pre_BF, z_BF, n, norm, cfg)
+            penalty = warm * hyper.sparsity * _penalty(cost_F, cfg) + hyper.pre_act * below_F.sum()
+        z_BF = None if z_BF is None else jax.lax.optimization_barrier(z_BF)
 
-    if sparse_codes is not None:
+    if per_head(cfg):
+        residual_BHD, walked = _walk_heads(params, x_BHD, pre_BF, n, norm, cfg, hyper)
+        error = _error(residual_BHD)
+        if cfg.activation == "jumprelu":
+            penalty = warm * hyper.sparsity * _penalty(walked.cost_F, cfg) + hyper.pre_act * walked.below_F.sum()
+        l0 = walked.active_F.sum().astype(jnp.float32) * np.float32(1 / (x_BHD.shape[0] * cfg.heads))
+        least, fired_F = walked.least, walked.active_F > 0
+    elif sparse_codes is not None:
         xhat_BHD = sparse.decode_rows(*sparse_codes, params["W_dec"][0])[:, None] + params["b_dec"][None]
         residual_BHD = x_BHD - xhat_BHD
         error = _error(residual_BHD)
-        reference_BX = jax.lax.stop_gradient(sparse_codes[0])
-        F_fired = jnp.zeros(cfg.latents, jnp.int32).at[sparse_codes[1]].add((reference_BX > 0).astype(jnp.int32)) > 0
+        value_BK, index_BK = jax.lax.stop_gradient(sparse_codes[0]), sparse_codes[1]
+        on_BK = value_BK > 0
+        fired_F = jnp.zeros(cfg.latents, jnp.int32).at[index_BK].add(on_BK.astype(jnp.int32)) > 0
+        l0 = on_BK.sum(-1).astype(jnp.float32).mean()
+        read_BK = value_BK if norm is None else value_BK * norm[index_BK]
+        least = jnp.where(on_BK, read_BK, jnp.inf).min()
     else:
         residual_BHD, error = _nested_errors(params, x_BHD, z_BF, cfg)
-        reference_BX = jax.lax.stop_gradient(z_BF)
-        F_fired = (reference_BX > 0).any(0)
+        value_BF = jax.lax.stop_gradient(z_BF)
+        on_BF = value_BF > 0
+        fired_F = on_BF.any(0)
+        l0 = on_BF.sum(-1).astype(jnp.float32).mean()
+        least = jnp.where(on_BF, value_BF if norm is None else value_BF * norm[None], jnp.inf).min()
 
     aux = zero
     if dead_F is not None:
         aux = hyper.aux * auxiliary(params, x_BHD, jax.lax.stop_gradient(residual_BHD), pre_BF, dead_F, cfg, train)
     total = error + penalty + extra + aux
-    l0 = (reference_BX > 0).sum(-1).astype(jnp.float32).mean()
-    least = jnp.where(reference_BX > 0, reference_BX, jnp.inf).min()
-    return total, Parts(total, error, penalty, aux, l0, least, F_fired)
+    return total, Parts(total, error, penalty, aux, l0, least, fired_F)
+
+
+# --- penalties of codes per head -------------------------------------------------------------------------------------
+
+
+def _shares(cfg: DictionaryConfig) -> np.ndarray:
+    """Factor on every latent's penalty, `[F]`: less for those that all heads share."""
+    return np.where(np.arange(cfg.latents) < cfg.shared_latents, cfg.shared_penalty, 1.0).astype(np.float32)
+
+
+def _cost(pre_BF, f_BF, log_threshold_F, n_F, norm_F, cfg: DictionaryConfig) -> jax.Array:
+    """What a jumprelu latent pays in one head, its mean over rows, `[F]`."""
+    if cfg.penalty == "l0":
+        return active(pre_BF, log_threshold_F, cfg, norm_F).mean(0)
+    return jnp.tanh(np.float32(cfg.tanh_scale) * f_BF * n_F[None]).mean(0)
+
+
+def _below(pre_BF, log_threshold_F, n_F, norm_F) -> jax.Array:
+    """The pre-activation loss of one head, its mean over rows, `[F]`: how far `pre` is from its gate's level."""
+    level_F = jnp.exp(log_threshold_F)
+    if norm_F is not None:
+        level_F = level_F / jnp.maximum(norm_F, 1e-12)
+    return (jax.nn.relu(level_F[None] - pre_BF) * n_F[None]).mean(0)
+
+
+def _costs(params, pre_BF, z_BF, n, norm_F, cfg: DictionaryConfig) -> tuple[jax.Array, jax.Array]:
+    """`_cost` and `_below` of a shared gate, summed over heads where each head's norm weighs its own."""
+    log_threshold_F = params["log_threshold"]
+
+    def one(n_F):
+        return _cost(pre_BF, z_BF, log_threshold_F, n_F, norm_F, cfg), _below(pre_BF, log_threshold_F, n_F, norm_F)
+
+    if n.ndim == 1:
+        return one(n)
+    costs = jax.lax.map(jax.checkpoint(one, prevent_cse=False), n)
+    return jax.tree.map(lambda cost_HF: cost_HF.sum(0), costs)
+
+
+def _penalty(cost_F, cfg: DictionaryConfig) -> jax.Array:
+    """The sparsity term from every latent's cost, summed over heads where it has a code in each."""
+    if cfg.penalty == "tanh_quad":
+        heads = cfg.heads if cfg.code_norm == "per_head" else 1
+        p_F = cost_F * np.float32(1 / heads)
+        cost_F = heads * p_F * (1.0 + p_F * np.float32(1 / cfg.quad_scale))
+    return (cost_F * _shares(cfg)).sum()
+
+
+class _Walked(NamedTuple):
+    """Sums over heads."""
+
+    cost_F: jax.Array
+    below_F: jax.Array
+    active_F: jax.Array  # int32, rows and heads that the latent fired in
+    least: jax.Array
+
+
+def _walk_heads(params, x_BHD, pre_BF, n, norm_HF, cfg: DictionaryConfig, hyper: Hyper):
+    """(residual [B, H, D], sums over heads) with a gate per head, one head at a time.
+
+    Backwards each head's codes are computed again from `pre`; its reconstruction, which costs a product and no memory
+    to speak of, is kept. So time is that of the five products of a head, and codes take `[B, F]` whatever H is.
+    """
+    jumps = cfg.activation == "jumprelu"
+    log_threshold_F = params["log_threshold"] if jumps else None
+    if not jumps:
+        level = below(sparse.largest_over_heads(jax.lax.stop_gradient(pre_BF), norm_HF, hyper.k))
+    n = norm_HF if n.ndim == 1 else n  # batch_topk has no penalty to weigh
+
+    def head(sums: _Walked, each):
+        x_BD, W_FD, b_D, n_F, norm_F = each
+        f_BF = jump(pre_BF, log_threshold_F, cfg, norm_F) if jumps else through(pre_BF, norm_F, level)
+        f_BF = jax.lax.optimization_barrier(f_BF)
+        residual_BD = checkpoint_name(x_BD - jnp.matmul(f_BF, W_FD) - b_D[None], "residual")
+        if jumps:
+            sums = sums._replace(
+                cost_F=sums.cost_F + _cost(pre_BF, f_BF, log_threshold_F, n_F, norm_F, cfg),
+                below_F=sums.below_F + _below(pre_BF, log_threshold_F, n_F, norm_F),
+            )
+        value_BF = jax.lax.stop_gradient(f_BF)
+        on_BF = value_BF > 0
+        sums = sums._replace(
+            active_F=sums.active_F + on_BF.sum(0, dtype=jnp.int32),
+            least=jnp.minimum(sums.least, jnp.where(on_BF, value_BF * norm_F[None], jnp.inf).min()),
+        )
+        return sums, residual_BD
+
+    zero_F = jnp.zeros(cfg.latents)
+    start = _Walked(zero_F, zero_F, jnp.zeros(cfg.latents, jnp.int32), jnp.float32(np.inf))
+    keep = jax.checkpoint_policies.save_only_these_names("residual")
+    each = (jnp.moveaxis(x_BHD, 1, 0), params["W_dec"], params["b_dec"], n, norm_HF)
+    sums, residual_HBD = jax.lax.scan(jax.checkpoint(head, policy=keep, prevent_cse=False), start, each)
+    return jnp.moveaxis(residual_HBD, 0, 1), sums
 
 
 def _error(residual_BHD) -> jax.Array:

@@ -35,6 +35,25 @@ def top_latents(pre_BF: jax.Array, K: int) -> tuple[jax.Array, jax.Array]:
     return value_BK, index_BK
 
 
+def largest_over_heads(pre_BF: jax.Array, norm_HF: jax.Array, k) -> jax.Array:
+    """The (k B H)-th largest of pre_BF norm_HF over rows, heads and latents, [] float32, without the array of them all;
+    the smallest positive one where fewer are positive."""
+    wanted = jnp.asarray(k, jnp.int32) * (pre_BF.shape[0] * norm_HF.shape[0])
+    positive_BF = jnp.where(pre_BF > 0, pre_BF, 0.0)
+
+    def bit(i, found):
+        raised = found | jax.lax.shift_left(jnp.int32(1), jnp.int32(30) - i)
+
+        def count(total, norm_F):
+            bits_BF = jax.lax.bitcast_convert_type(positive_BF * norm_F[None], jnp.int32)
+            return total + (bits_BF >= raised).sum(dtype=jnp.int32), None
+
+        return jnp.where(jax.lax.scan(count, jnp.int32(0), norm_HF)[0] >= wanted, raised, found)
+
+    least = jnp.maximum(jax.lax.fori_loop(0, 31, bit, jnp.int32(0)), 1)
+    return jax.lax.bitcast_convert_type(least, jnp.float32)
+
+
 def batch_largest(pre_BF: jax.Array, k) -> jax.Array:
     """Which of the positive pre-activations are among the k B largest of the batch, `[B, F]` bool; exactly k B of
     them where so many are positive (of equal ones the first rows win)."""

@@ -127,6 +127,7 @@ def init_state(
         raise InputError(f"a norm of shapes {shapes} for {G} dictionaries of {H} head(s) of width {cfg.width}")
     if norm["scale"].ndim == 1:
         norm = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (G, *leaf.shape)), norm)
+    params = params | {"W_dec": jax.vmap(lambda W_HFD: dictionary.tie_shared(W_HFD, cfg))(params["W_dec"])}
     if cfg.decoder == "unit":
         params = params | {"W_dec": dictionary.unit_decoder(params["W_dec"])}
     sites = np.broadcast_to(np.arange(H), (G, H)) if sites is None else np.asarray(sites)
@@ -154,10 +155,12 @@ def _adam(train: TrainConfig) -> optax.GradientTransformation:
 
 
 def rate(train: TrainConfig, step) -> jax.Array:
-    """Share of the learning rate at a step (from 0): up over `lr_warmup`, constant, down to 0 over `lr_decay`."""
+    """Share of the learning rate at a step (from 0): up over `lr_warmup`, constant, down to `lr_floor` over
+    `lr_decay`."""
     step = jnp.asarray(step, jnp.float32)
     warmup, decay = max(round(train.lr_warmup * train.steps), 1), max(round(train.lr_decay * train.steps), 1)
-    return jnp.minimum(jnp.minimum((step + 1.0) / warmup, (train.steps - step) / decay), 1.0)
+    left = jnp.minimum((train.steps - step) / decay, 1.0)
+    return jnp.minimum((step + 1.0) / warmup, train.lr_floor + (1.0 - train.lr_floor) * left)
 
 
 Inputs = Callable[[Any, Any, Any], tuple[Any, jax.Array]]  # (source, batch, frozen) -> (source, x [B, S, D])
@@ -190,6 +193,7 @@ def make_step(cfg: DictionaryConfig, train: TrainConfig, inputs: Inputs, *, loop
         grads, parts = jax.grad(loss, has_aux=True)(params)
         if cfg.decoder == "unit":
             grads = grads | {"W_dec": dictionary.tangent(grads["W_dec"], params["W_dec"])}
+        grads = grads | {"W_dec": dictionary.tie_shared(grads["W_dec"], cfg)}
         norm_ = optax.tree.norm(grads)
         if train.clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, train.clip / jnp.maximum(norm_, 1e-12)), grads)

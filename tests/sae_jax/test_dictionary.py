@@ -364,7 +364,7 @@ def test_rows_of_another_width_are_refused():
         ({"activation": "topk", "k": F + 1}, "lower k or widen it"),
         ({"bandwidth": 0.0}, "bandwidth is 0.0; it must be positive"),
         ({"threshold_init": float("nan")}, "threshold_init is nan"),
-        ({"activation": "jumprelu"}, "needs the penalty l0 or tanh"),
+        ({"activation": "jumprelu"}, "needs the penalty l0, tanh or tanh_quad"),
         ({"activation": "relu", "penalty": "tanh"}, "take l1"),
         ({"activation": "gated", "prefixes": (3, F)}, "not for gated"),
         ({"prefixes": (3, 3, F)}, "must rise"),

@@ -83,7 +83,7 @@ def variance(e):
 def oracle(p, x, cfg, train, at, dead=None, hyper=HYPER, p_weight=1.0):
     """The loss at `p`; `at` is where the gradient is taken: what the equations freeze is read there."""
     pre, z = forward(p, x, cfg)
-    n = np.sqrt(np.square(p["W_dec"]).sum((0, 2))) if cfg.weigh_codes else np.ones(F)
+    n = np.sqrt(np.square(p["W_dec"]).sum((0, 2))) if cfg.code_norm == "l2" else np.ones(F)
     prefixes = cfg.prefixes or (F,)
     error = np.mean([np.square(x - decode(p, z * (np.arange(F) < end))).sum((1, 2)).mean() for end in prefixes])
     warm, penalty, extra = min(1.0, PROGRESS / train.sparsity_warmup), 0.0, 0.0
@@ -146,7 +146,7 @@ TRAIN = TrainConfig(100, batch=B, sparsity_warmup=0.8)
 VARIANTS = {
     "relu": config("relu"),
     "relu, annealed": config("relu", p_end=0.4, p_stages=5),
-    "relu, plain weights, no bias subtracted": config("relu", weigh_codes=False, subtract_bias=False),
+    "relu, plain weights, no bias subtracted": config("relu", code_norm="none", subtract_bias=False),
     "relu, nested": config("relu", prefixes=(2, 5, F)),
     "gated": config("gated"),
     "gated, annealed, two heads": config("gated", heads=2, p_end=0.6, p_stages=4),

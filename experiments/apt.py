@@ -56,7 +56,7 @@ GROUPS = 20  # of held-out articles, the unit of the intervals of a single seed
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Corpus, model, pre-training, readout, evaluation."""
+    """Corpus, model, pre-training."""
 
     corpus: str = option("embedded", "`embedded`, a file or folder of .txt/.jsonl/.jsonl.gz, or tfds:NAME", "data")
     vocab: Path | None = option(None, "vocab.txt or tokenizer.json; none: train WordPiece on the corpus", "data")
@@ -94,6 +94,23 @@ class PretrainConfig:
     checkpoint_every: int = option(1_000, "steps between checkpoints", "training", min=1)
     snapshots: int = option(0, "snapshots at equal distances, beside those at 0, 1, 2, 4, ...", "training", min=0)
 
+    def __post_init__(self):
+        if not self.subset_sizes:
+            raise InputError("--subset-sizes is empty; give at least one value")
+
+    def model(self, vocab_size: int) -> TransformerConfig:
+        if self.width % self.heads:
+            raise InputError(f"--width {self.width} is not a multiple of --heads {self.heads}; change one of them")
+        return TransformerConfig(
+            vocab_size, self.width, self.blocks, self.heads, self.width // self.heads, self.mlp_width, self.length,
+            dropout=self.dropout, attention_dropout=self.dropout, dtype=self.dtype,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(PretrainConfig):
+    """Readout, evaluation."""
+
     readout: str = option("linear", "head that reads a depth (ours)", "readout", choices=readout.VARIANTS)
     readout_epochs: float = option(5.0, "passes over the training subset for the readouts (ours)", "readout", min=0.0)
     readout_lr: float = option(5e-5, "AdamW learning rate of the readouts (ours)", "readout", min=0.0)
@@ -112,26 +129,18 @@ class PretrainConfig:
     n_min: int = option(1, "right predictions that an id needs to enter a cluster", "evaluation", min=1)
 
     def __post_init__(self):
-        for name in ("subset_sizes", "count_modes"):
-            if not getattr(self, name):
-                raise InputError(f"--{name.replace('_', '-')} is empty; give at least one value")
+        super().__post_init__()
+        if not self.count_modes:
+            raise InputError("--count-modes is empty; give at least one value")
 
     @property
     def sweep(self) -> list[float]:
         """The thresholds that clusters are counted at, in order; `theta` is one of them."""
         return sorted({*self.thetas, self.theta})
 
-    def model(self, vocab_size: int) -> TransformerConfig:
-        if self.width % self.heads:
-            raise InputError(f"--width {self.width} is not a multiple of --heads {self.heads}; change one of them")
-        return TransformerConfig(
-            vocab_size, self.width, self.blocks, self.heads, self.width // self.heads, self.mlp_width, self.length,
-            dropout=self.dropout, attention_dropout=self.dropout, dtype=self.dtype,
-        )  # fmt: skip
-
 
 @dataclass(frozen=True)
-class AptConfig(FinetuneConfig, PretrainConfig):
+class AptConfig(FinetuneConfig, EvaluationConfig):
     """Every setting that can change a result. What the paper leaves open is marked (ours) in the help."""
 
 
@@ -188,13 +197,13 @@ DEMO_LANGUAGE = language.LanguageConfig(
 )
 
 
-def load_corpus(run: Run, cfg: AptConfig) -> Corpus:
-    """Read or generate the text, tokenise it into the store, split it and cut it into windows."""
+def load_corpus(run: Run, cfg: PretrainConfig, embedded: language.LanguageConfig = DEMO_LANGUAGE) -> Corpus:
+    """Read or generate (`embedded`) the text, tokenise it into the store, split it and cut it into windows."""
     lang = None
     if cfg.corpus == "embedded":
         if not cfg.documents:
             raise InputError("--corpus embedded needs --documents N, the number of articles to generate")
-        lang = language.make_language(DEMO_LANGUAGE)
+        lang = language.make_language(embedded)
         texts = language.sample_documents(lang, cfg.documents, seed=cfg.split_seed)
         made = repr((lang.config, cfg.documents, cfg.split_seed)).encode()
         source = TextSource("embedded", texts, hashlib.sha256(made + "\n".join(texts[:100]).encode()).hexdigest())
@@ -284,7 +293,7 @@ def finished(path: Path, kind: str, like, config: dict[str, Any], corpus: Corpus
     return saved.tree
 
 
-def pretrain(run: Run, cfg: AptConfig, corpus: Corpus, mesh, seed: int, size: int):
+def pretrain(run: Run, cfg: PretrainConfig, corpus: Corpus, mesh, seed: int, size: int):
     """The trunk with its head, trained on W_S = `size`, masked or, where the model is causal, on the next token;
     snapshots at steps 0, 1, 2, 4, ... (and `cfg.snapshots` more) stay on disk."""
     model, windows = cfg.model(corpus.tokenizer.vocab_size), corpus.training[size]

@@ -548,7 +548,7 @@ def train_dictionaries(run: Run, cfg: LayerwiseConfig, base: Base, bench: Bench,
         tokens = activations.token_rows(bench.examples.ids_NT, bench.examples.segment_NT, order)
         total = int(np.asarray(activations.token_mask(tokens, stream.exclude)).sum())
         source, frozen = activations.open_stream(stream, params_X, tokens, cfg.seed)
-        x_NSD, inputs, batch_at = source["x"][: int(source["count"])], _streaming(stream), activations.no_batch
+        x_NSD, inputs, batch_at = source["x"][: int(source["count"])], streaming(stream), activations.no_batch
     steps = cfg.dictionary_steps or max(1, round(cfg.dictionary_epochs * total / cfg.dictionary_batch))
     # lambda of the sum of squared errors: the authors' 1e-3 stands before means, over D elements and F codes
     sparsity = cfg.sparsity * base.model.width / cfg.latents if cfg.plain else cfg.sparsity
@@ -561,31 +561,20 @@ def train_dictionaries(run: Run, cfg: LayerwiseConfig, base: Base, bench: Bench,
     def fit(name: str, site_of: np.ndarray, params, steps: int):
         """A bank of dictionaries, trained or, if it was before, loaded; and gamma of its members."""
         norm, gamma = jax.jit(jax.vmap(look))(jnp.asarray(site_of))
-        path, every = run.out / "checkpoints" / bench.name / name, max(1, steps // 50)
+        path = run.out / "checkpoints" / bench.name / name
         if path.exists():
-            tree, found, _ = dictionary.load(path)
-            if found != dict_cfg or len(tree["threshold"]) != len(site_of):
-                raise InputError(f"{path} holds other dictionaries; remove that folder or use another --out")
-            return tree, np.asarray(gamma)
-        train_cfg, stage = cfg.training(steps), f"{name}-{bench.name}"
-        state = dictionaries.init_state(
-            jax.random.key(cfg.seed), dict_cfg, train_cfg, [hyper] * len(site_of), norm, params=params,
-            sites=site_of[:, None], source=source,
-        )  # fmt: skip
-        state = bert6_jax.train.fit(
-            _dictionary_step(dict_cfg, train_cfg, inputs), state, batch_at,
-            bert6_jax.train.FitConfig(steps, min(16, steps), cfg.checkpoint_every),
-            frozen=frozen, folder=path.with_name(f"{name}-state") if steps > cfg.checkpoint_every else None,
-            description={"stage": stage},
-            on_metrics=lambda number, values: run.log(stage, number, **values) if number % every == 0 else None,
-            on_start=lambda number: run.rewind(stage, number), quiet=run.quiet,
-            label=f"{bench.task.name}: {len(site_of)} {name}",
-        )  # fmt: skip
-        tree = jax.device_get(dictionaries.members(state))
+            return finished_bank(path, dict_cfg, len(site_of)), np.asarray(gamma)
         members = [{"model": "pre-trained" if site < J else f"fine-tuned, seed {cfg.seed + site // J - 1}",
                     "depth": depths[site % J]} for site in site_of.tolist()]  # fmt: skip
-        dictionary.save(path, tree, dict_cfg, step=steps, extra={"task": bench.task.name, "members": members})
-        shutil.rmtree(path.with_name(f"{name}-state"), ignore_errors=True)
+        state = dictionaries.init_state(
+            jax.random.key(cfg.seed), dict_cfg, cfg.training(steps), [hyper] * len(site_of), norm, params=params,
+            sites=site_of[:, None], source=source,
+        )  # fmt: skip
+        tree = fit_bank(
+            run, path, state, dict_cfg, cfg.training(steps), inputs, batch_at, frozen, stage=f"{name}-{bench.name}",
+            label=f"{bench.task.name}: {len(site_of)} {name}", checkpoint_every=cfg.checkpoint_every,
+            extra={"task": bench.task.name, "members": members},
+        )  # fmt: skip
         return tree, np.asarray(gamma)
 
     start = linear_start if cfg.plain else dictionary.init
@@ -614,12 +603,40 @@ def train_dictionaries(run: Run, cfg: LayerwiseConfig, base: Base, bench: Bench,
 
 
 # One function a stream and a step a shape: tasks of one study share their compiled programs.
-_streaming = cache(activations.streaming)
+streaming = cache(activations.streaming)
 
 
 @cache
-def _dictionary_step(cfg: DictionaryConfig, train_cfg: TrainConfig, inputs):
+def dictionary_step(cfg: DictionaryConfig, train_cfg: TrainConfig, inputs):
     return dictionaries.make_step(cfg, train_cfg, inputs)
+
+
+def finished_bank(path: Path, dict_cfg: DictionaryConfig, members: int) -> dictionary.Dictionary:
+    """The bank that `fit_bank` left in a folder."""
+    tree, found, _ = dictionary.load(path)
+    if found != dict_cfg or len(tree["threshold"]) != members:
+        raise InputError(f"{path} holds other dictionaries; remove that folder or use another --out")
+    return tree
+
+
+def fit_bank(
+    run: Run, path: Path, state: dictionaries.BankState, dict_cfg: DictionaryConfig, train_cfg: TrainConfig, inputs,
+    batch_at, frozen, *, stage: str, label: str, checkpoint_every: int, extra: dict[str, Any],
+) -> dictionary.Dictionary:  # fmt: skip
+    """Train a bank to its end, going on from its checkpoints, and keep it in `path`; the tree, on the host."""
+    steps, unfinished = train_cfg.steps, path.with_name(f"{path.name}-state")
+    every = max(1, steps // 50)
+    state = bert6_jax.train.fit(
+        dictionary_step(dict_cfg, train_cfg, inputs), state, batch_at,
+        bert6_jax.train.FitConfig(steps, min(16, steps), checkpoint_every),
+        frozen=frozen, folder=unfinished if steps > checkpoint_every else None, description={"stage": stage},
+        on_metrics=lambda number, values: run.log(stage, number, **values) if number % every == 0 else None,
+        on_start=lambda number: run.rewind(stage, number), quiet=run.quiet, label=label,
+    )  # fmt: skip
+    tree = jax.device_get(dictionaries.members(state))
+    dictionary.save(path, tree, dict_cfg, step=steps, extra=extra)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return tree
 
 
 def evaluate_bank(run: Run, cfg: LayerwiseConfig, base: Base, bench: Bench, bank: Bank, models: Sequence) -> dict:

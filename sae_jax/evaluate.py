@@ -529,6 +529,181 @@ def recovery(decoder_FD: Array, truth_XD: Array, above: float = 0.9) -> dict[str
     }
 
 
+# --- recovery of a planted evolution ---------------------------------------------------------------------------------
+
+
+def evolution_recovery(
+    decoder_HFD: Array,
+    directions_HXD: Array,
+    strength_HX: Array,
+    group_X: Array | Sequence[str] | None = None,
+    *,
+    matched: float = 0.5,
+    present: float = 0.5,
+    weak: float = 0.1,
+    absent: float = 0.01,
+    near: int = 1,
+    turning: float = 10.0,
+    split: float = 0.7,
+    called_absent: float = 0.05,
+    called_present: float = 0.3,
+) -> dict[str, Any]:
+    """How well a crosscoder over H snapshots recovers planted features that come, go and turn. All of it, definitions
+    and thresholds, is ours.
+
+    `decoder_HFD` are decoder rows in raw units (W_dec / norm.scale: strengths of snapshots must be comparable),
+    `directions_HXD` the true directions, `strength_HX` the true strengths up to a factor a feature (with `Evolution` of
+    `synthetic.planted`: `directions`, `strength`, and `group` for the labels). Scales of latents and features, and the
+    order of the latents, do not matter; the order of the snapshots is that of training.
+
+    Similarity of latent f and feature x: the cosine of their snapshots laid end to end, decoder rows W_hf and
+    strength_hx direction_hx, so that a snapshot weighs as much as its norms; signed, because codes are not negative.
+    The matching is one to one (Hungarian). A feature is matched where its latent's similarity is at least `matched`: a
+    latent with the right direction in less than a quarter of a steady feature's snapshots (sqrt(1 / 4)) is no match.
+
+    r_hx is the feature's strength over its largest, n_hx its latent's norm |W_hf| over its largest. A feature is there
+    at h where r_hx >= `present`. Of a curve (r or n) over h,
+
+        emergence  is the first h with curve_h > 1/2
+        end        is 1 + the last such h; H: it stays
+        rotation   is the angle, in degrees, from the direction at the first to that at the last h where the feature is
+                   there
+        turn       is the first h where it is there with an angle from the first direction above half of the rotation;
+                   H: none
+
+    Scores, over all features, and under `groups` over those of each label in `group_X`; NaN where there is nothing to
+    average. Where "matched" does not say otherwise, they are over the matched features.
+
+        features            how many, matched or not
+        matched             share of features
+        mmcs_H              mean over features there at h, matched or not, of the cosine of W_hf and direction_hx; 0 for
+                            one that no latent was left for
+        mmcs                the same over all h and features that are there
+        emergence_error     mean |snapshots| between the emergence of n and of r, over features with emergence above 0
+        emergence_near      share of these with an error of at most `near`
+        end_error, end_near the same of the end, over features with an end below H
+        rotation_error      mean |degrees| between the rotations, over features with a rotation above `turning` degrees
+        turn_error          mean |snapshots| between the turns, over the same
+        still_rotation      mean rotation of the latents of the other features that are there at two or more h
+        curve_correlation   mean Pearson correlation over h of n and r, 0 where n is constant, over features whose r is
+                            not
+        curve_error         mean over features and h of |n - r|
+        false_exclusive     share, among features with r_hx >= `weak` at every h (shared), of those with n_hx <
+                            `called_absent` at some h: complete shrinkage
+        false_shared        share, among features with r_hx < `absent` at some h, of those with n_hx > `called_present`
+                            at such an h
+        split               features, matched or not, with two or more latents of similarity above `split`
+        merged              features, matched or not, with a latent of similarity above `split` to it and to another one
+
+    `latent_X` are the matched latents, -1 for a feature left over, and `similarity_X` their similarities, then 0.
+
+    Raises:
+      InputError: shapes that do not belong together, values that are not finite, a feature that is never there.
+    """
+    W_HFD, directions_HXD, strength_HX = (
+        np.asarray(v, np.float64)
+        for v in _host((decoder_HFD, directions_HXD, strength_HX), "the decoder or the planted evolution")
+    )
+    decoder, directions, strengths = (v.shape for v in (W_HFD, directions_HXD, strength_HX))
+    if len(decoder) != 3 or len(directions) != 3 or strengths != directions[:2] or decoder[::2] != directions[::2]:
+        raise InputError(
+            f"decoder {list(decoder)}, directions {list(directions)}, strengths {list(strengths)}; give [snapshots, "
+            "latents, width], [snapshots, features, width] and [snapshots, features]"
+        )
+    H, X = strength_HX.shape
+    label_X = None if group_X is None else np.asarray(jax.device_get(group_X))
+    if label_X is not None and label_X.shape != (X,):
+        raise InputError(f"group labels of shape {list(label_X.shape)} for {X} features; give one a feature")
+    if (strength_HX < 0).any() or not (strength_HX.max(0) > 0).all():
+        raise InputError("a planted feature has a negative strength, or none at any snapshot; check strength_HX")
+
+    def laid(v_HYD):
+        return v_HYD.transpose(1, 0, 2).reshape(v_HYD.shape[1], -1)
+
+    similarity_FX = cosines(laid(W_HFD), laid(directions_HXD * strength_HX[:, :, None]))
+    matching = match_similarity(similarity_FX)
+    latent_X, similarity_X = matching.index_E, np.nan_to_num(matching.similarity_E)
+    matched_X = similarity_X >= matched
+    rows_HXD = np.where((latent_X >= 0)[None, :, None], W_HFD[:, latent_X], 0.0)
+    norm_HX = np.linalg.norm(rows_HXD, axis=-1)
+    n_HX, r_HX = _over(norm_HX, norm_HX.max(0), empty=0.0), strength_HX / strength_HX.max(0)
+    units_HXD, true_HXD = (
+        v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-30) for v in (rows_HXD, directions_HXD)
+    )
+
+    there_HX = r_HX >= present
+    cosine_HX = (units_HXD * true_HXD).sum(-1)
+    (begin_X, end_X), (true_begin_X, true_end_X) = _span(n_HX > 0.5), _span(r_HX > 0.5)
+    begin_error_X, end_error_X = np.abs(begin_X - true_begin_X), np.abs(end_X - true_end_X)
+    (rotation_X, turn_X), (true_rotation_X, true_turn_X) = (_rotation(v, there_HX) for v in (units_HXD, true_HXD))
+    turns_X, several_X = true_rotation_X > turning, there_HX.sum(0) > 1
+
+    n_c, r_c = n_HX - n_HX.mean(0), r_HX - r_HX.mean(0)
+    varies_X = np.ptp(r_HX, axis=0) > 1e-6  # below that it is rounding
+    scale_X = np.sqrt(np.square(n_c).sum(0) * np.square(r_c).sum(0))
+    curve_X = np.where(np.ptp(n_HX, axis=0) > 1e-6, _over((n_c * r_c).sum(0), scale_X, empty=0.0), 0.0)
+
+    shared_X, gone_HX = (r_HX >= weak).all(0), r_HX < absent
+    close_FX = similarity_FX > split
+    split_X = close_FX.sum(0) > 1
+    merged_X = close_FX[close_FX.sum(1) > 1].any(0)
+
+    def scores(of_X):
+        def mean(value_X, over_X):
+            taken_X = of_X & matched_X & over_X
+            return float(value_X[taken_X].mean(dtype=np.float64)) if taken_X.any() else float("nan")
+
+        there = there_HX & of_X[None]
+        everyone_X = np.ones(X, bool)
+        emerges_X, ends_X = true_begin_X > 0, true_end_X < H
+        return {
+            "features": int(of_X.sum()),
+            "matched": float(matched_X[of_X].mean()),
+            "mmcs_H": _over((cosine_HX * there).sum(1), there.sum(1)),
+            "mmcs": float(cosine_HX[there].mean()),
+            "emergence_error": mean(begin_error_X, emerges_X),
+            "emergence_near": mean(begin_error_X <= near, emerges_X),
+            "end_error": mean(end_error_X, ends_X),
+            "end_near": mean(end_error_X <= near, ends_X),
+            "rotation_error": mean(np.abs(rotation_X - true_rotation_X), turns_X),
+            "turn_error": mean(np.abs(turn_X - true_turn_X), turns_X),
+            "still_rotation": mean(rotation_X, ~turns_X & several_X),
+            "curve_correlation": mean(curve_X, varies_X),
+            "curve_error": mean(np.abs(n_HX - r_HX).mean(0), everyone_X),
+            "false_exclusive": mean((n_HX < called_absent).any(0), shared_X),
+            "false_shared": mean((gone_HX & (n_HX > called_present)).any(0), gone_HX.any(0)),
+            "split": int((split_X & of_X).sum()),
+            "merged": int((merged_X & of_X).sum()),
+        }
+
+    out: dict[str, Any] = scores(np.ones(X, bool)) | {"latent_X": latent_X, "similarity_X": similarity_X}
+    if label_X is not None:
+        out["groups"] = {label: scores(label_X == label) for label in np.unique(label_X).tolist()}
+    return out
+
+
+def _span(on_HX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first snapshot that is on, and the one after the last; H and 0 where none is."""
+    H = len(on_HX)
+    any_X = on_HX.any(0)
+    return np.where(any_X, on_HX.argmax(0), H), np.where(any_X, H - on_HX[::-1].argmax(0), 0)
+
+
+def _rotation(units_HXD: np.ndarray, there_HX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Degrees between the directions of the first and the last snapshot of `there_HX`, and the first snapshot there
+    past half of them (H: none). A row of zeros stands at a right angle to every direction.
+    """
+    H, X = there_HX.shape
+    first_X, end_X = _span(there_HX)
+    start_1XD = units_HXD[first_X, np.arange(X)][None]
+    # Not the arccosine of the cosine, which has no digits near 0.
+    apart_HX, sum_HX = (np.linalg.norm(v, axis=-1) for v in (units_HXD - start_1XD, units_HXD + start_1XD))
+    angle_HX = np.degrees(2 * np.arctan2(apart_HX, sum_HX))
+    rotation_X = angle_HX[end_X - 1, np.arange(X)]
+    turn_X, _ = _span(there_HX & (angle_HX > rotation_X / 2))
+    return rotation_X, turn_X
+
+
 # --- top contexts ----------------------------------------------------------------------------------------------------
 
 

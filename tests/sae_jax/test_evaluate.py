@@ -1,6 +1,7 @@
 """Evaluation of dictionaries against direct computations on the rows, and what each measure is blind to."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -399,6 +400,269 @@ def test_bad_dictionaries_are_refused():
         evaluate.match(a, a, alive_F=np.ones(2, bool))
     with pytest.raises(InputError, match="NaN or infinite"):
         evaluate.match(a, a * np.nan)
+
+
+# --- recovery of a planted evolution ---------------------------------------------------------------------------------
+
+STEADY, EMERGENT, TRANSIENT, ROTATING, WEAK, EXCLUSIVE = range(6)
+CURVES = {
+    STEADY: [1, 1, 1, 1, 1, 1],
+    EMERGENT: [0, 0, 0.3, 0.9, 1, 1],
+    TRANSIENT: [0, 0.7, 1, 0.4, 0, 0],
+    ROTATING: [1, 1, 1, 1, 1, 1],
+    WEAK: [0.2, 0.2, 0.2, 1, 1, 1],
+    EXCLUSIVE: [0, 0, 0, 0, 1, 0],
+}
+
+
+def planted_evolution():
+    """Two features of every kind at right angles, 6 snapshots; the rotating ones turn by 60 degrees at snapshot 4."""
+    group = np.repeat(np.arange(6), 2)
+    strength = np.array([CURVES[g] for g in group], np.float64).T
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0]
+    directions = np.repeat(axes[None, :12], 6, axis=0)
+    for x, aim in zip(np.flatnonzero(group == ROTATING), axes[12:14], strict=True):
+        for h, degrees in enumerate([0, 5, 15, 25, 50, 60]):
+            a = np.radians(degrees)
+            directions[h, x] = np.cos(a) * axes[x] + np.sin(a) * aim
+    return directions, strength, group
+
+
+def decoder_of(directions, strength, seed=1):
+    scale = np.exp(np.random.default_rng(seed).uniform(-1, 1, strength.shape[1]))
+    return directions * (strength * scale)[:, :, None]
+
+
+def test_a_perfect_dictionary_recovers_an_evolution():
+    directions, strength, group = planted_evolution()
+    names = ["steady", "emergent", "transient", "rotating", "weak", "exclusive"]
+    found = evaluate.evolution_recovery(
+        decoder_of(directions, strength), directions, 7 * strength, [names[g] for g in group]
+    )
+    groups = found.pop("groups")
+    np.testing.assert_array_equal(found["latent_X"], np.arange(12))
+    np.testing.assert_allclose(found["similarity_X"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(found["mmcs_H"], 1.0, rtol=1e-12)
+    ones = {"matched", "mmcs", "emergence_near", "end_near", "curve_correlation"}
+    zeros = {"emergence_error", "end_error", "rotation_error", "turn_error", "still_rotation", "curve_error"}
+    zeros |= {"false_exclusive", "false_shared", "split", "merged"}
+    for name in ones | zeros:
+        np.testing.assert_allclose(found[name], float(name in ones), atol=1e-5, err_msg=name)
+    assert found.keys() == ones | zeros | {"features", "mmcs_H", "latent_X", "similarity_X"}
+    assert found["features"] == 12 and groups.keys() == set(names)
+    # a score without anything to average is NaN, everything else as above
+    undefined = {"emergence": {"steady", "rotating"}, "end": {"steady", "emergent", "rotating", "weak"}}
+    for name, scores in groups.items():
+        assert scores["features"] == 2 and scores["matched"] == 1.0
+        assert (
+            np.isnan(scores["emergence_error"])
+            == np.isnan(scores["emergence_near"])
+            == (name in undefined["emergence"])
+        )
+        assert np.isnan(scores["end_error"]) == np.isnan(scores["end_near"]) == (name in undefined["end"])
+        assert np.isnan(scores["rotation_error"]) == np.isnan(scores["turn_error"]) == (name != "rotating")
+        assert np.isnan(scores["still_rotation"]) == (name in ("rotating", "exclusive"))
+        assert np.isnan(scores["curve_correlation"]) == (name in ("steady", "rotating"))
+        assert np.isnan(scores["false_exclusive"]) == (name not in ("steady", "rotating", "weak"))
+        assert np.isnan(scores["false_shared"]) == (name not in ("emergent", "transient", "exclusive"))
+        np.testing.assert_array_equal(np.isnan(scores["mmcs_H"]), np.array(CURVES[names.index(name)]) < 0.5)
+
+
+def same(found, expected):
+    for name, value in expected.items():
+        if name in ("latent_X", "similarity_X"):
+            continue
+        if isinstance(value, dict):
+            same(found[name], value)
+        else:
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-12, err_msg=str(name))
+
+
+def test_order_and_scale_of_latents_do_not_matter_nor_do_useless_ones():
+    directions, strength, group = planted_evolution()
+    rng = np.random.default_rng(3)
+    noisy = decoder_of(directions, strength) + 0.1 * rng.normal(size=directions.shape)
+    expected = evaluate.evolution_recovery(noisy, directions, strength, group)
+    order = rng.permutation(15)
+    more = np.concatenate([noisy, np.zeros((6, 2, 16)), 1e-9 * np.eye(16)[None, 14:15].repeat(6, 0)], axis=1)
+    found = evaluate.evolution_recovery(
+        jnp.asarray(more[:, order] * np.linspace(0.1, 9, 15)[None, :, None]), directions, strength, jnp.asarray(group)
+    )
+    np.testing.assert_array_equal(order[found["latent_X"]], expected["latent_X"])
+    same(found, expected)
+    # and a feature's own order moves only the numbers of the arrays
+    back = evaluate.evolution_recovery(noisy, directions[:, ::-1], strength[:, ::-1], group[::-1])
+    np.testing.assert_array_equal(back["latent_X"], expected["latent_X"][::-1])
+    same(back, expected)
+
+
+def test_shrunk_latents_are_false_exclusive_and_overfull_ones_false_shared():
+    directions, strength, group = planted_evolution()
+    shrunk = strength.copy()
+    shrunk[:3, group == WEAK] = 0.0
+    found = evaluate.evolution_recovery(decoder_of(directions, shrunk), directions, strength, group)
+    # 2 of 6 shared features: the steady, rotating and weak ones
+    assert found["matched"] == 1.0 and found["false_exclusive"] == 2 / 6 and found["false_shared"] == 0.0
+    assert found["groups"][WEAK]["false_exclusive"] == 1.0 and found["groups"][STEADY]["false_exclusive"] == 0.0
+    assert found["emergence_error"] == 0.0
+    np.testing.assert_allclose(found["groups"][WEAK]["curve_error"], 0.1, rtol=1e-6)
+    shrunk[:3, group == WEAK] = 0.06  # above 5 %: not called absent
+    found = evaluate.evolution_recovery(decoder_of(directions, shrunk), directions, strength)
+    assert found["false_exclusive"] == 0.0
+    found = evaluate.evolution_recovery(decoder_of(directions, shrunk), directions, strength, called_absent=0.07)
+    assert found["false_exclusive"] == 2 / 6
+
+    full = strength.copy()
+    full[5, group == EXCLUSIVE] = [0.4, 0.2]  # one above 0.3
+    found = evaluate.evolution_recovery(decoder_of(directions, full), directions, strength, group)
+    assert found["false_shared"] == 1 / 6 and found["groups"][EXCLUSIVE]["false_shared"] == 0.5
+    assert found["false_exclusive"] == 0.0
+
+
+def test_late_emergence_early_end_and_wrong_rotation_are_measured():
+    directions, strength, group = planted_evolution()
+    late = strength.copy()
+    late[:, group == EMERGENT] = np.array([0, 0, 0, 0, 0.3, 1.0])[:, None]  # 5 for 3
+    late[:, group == TRANSIENT] = np.array([0, 1, 0.4, 0, 0, 0.0])[:, None]  # ends at 2 for 3
+    found = evaluate.evolution_recovery(decoder_of(directions, late), directions, strength, group)
+    groups = found["groups"]
+    assert groups[EMERGENT]["emergence_error"] == 2.0 and groups[EMERGENT]["emergence_near"] == 0.0
+    assert groups[TRANSIENT]["emergence_error"] == 0.0
+    assert groups[TRANSIENT]["end_error"] == 1.0 and groups[TRANSIENT]["end_near"] == 1.0
+    # of emergent, transient, weak and exclusive features; of transient and exclusive ones
+    assert found["emergence_error"] == 0.5 and found["emergence_near"] == 0.75 and found["end_error"] == 0.5
+    assert (
+        evaluate.evolution_recovery(decoder_of(directions, late), directions, strength, near=2)["emergence_near"] == 1.0
+    )
+    pearson = np.corrcoef(late[:, 2], strength[:, 2])[0, 1]
+    np.testing.assert_allclose(groups[EMERGENT]["curve_correlation"], pearson, rtol=1e-6)
+
+    # Of 60 degrees at snapshot 4 to 40 at snapshot 2; a steady feature turns by 30.
+    turned = directions.copy()
+    x, y = np.flatnonzero(group == ROTATING)[0], 0
+    aim = (directions[5, x] - 0.5 * directions[0, x]) / np.sin(np.radians(60))
+    spare = np.linalg.svd(directions.reshape(-1, 16))[2][-1]  # at right angles to all
+    for h, degrees in enumerate([0, 0, 40, 40, 40, 40]):
+        turned[h, x] = np.cos(np.radians(degrees)) * directions[0, x] + np.sin(np.radians(degrees)) * aim
+    for h, degrees in enumerate([0, 0, 0, 0, 0, 30]):
+        turned[h, y] = np.cos(np.radians(degrees)) * directions[0, y] + np.sin(np.radians(degrees)) * spare
+    found = evaluate.evolution_recovery(decoder_of(turned, strength), directions, strength, group)
+    np.testing.assert_allclose(found["rotation_error"], 20 / 2, rtol=1e-9)
+    assert found["turn_error"] == 2 / 2
+    np.testing.assert_allclose(found["groups"][STEADY]["still_rotation"], 30 / 2, rtol=1e-9)
+    np.testing.assert_allclose(found["groups"][STEADY]["mmcs_H"], [1, 1, 1, 1, 1, (1 + np.sqrt(0.75)) / 2], rtol=1e-9)
+    still = np.repeat(directions[:1], 6, axis=0)  # a dictionary that never turns
+    found = evaluate.evolution_recovery(decoder_of(still, strength), directions, strength)
+    np.testing.assert_allclose(found["rotation_error"], 60.0, rtol=1e-6)
+    assert found["turn_error"] == 6 - 4
+
+
+def test_split_merged_and_missing_latents_are_counted():
+    directions, strength, group = planted_evolution()
+    decoder = decoder_of(directions, strength)
+    halves = np.stack([decoder[:, 0], decoder[:, 0]], axis=1)
+    halves[:3, 0], halves[3:, 1] = 0.0, 0.0  # feature 0 in two latents, a half of the snapshots each
+    found = evaluate.evolution_recovery(np.concatenate([halves, decoder[:, 1:]], axis=1), directions, strength, group)
+    assert (found["split"], found["merged"], found["matched"]) == (1, 0, 1.0)
+    assert found["groups"][STEADY]["split"] == 1 and found["groups"][STEADY]["false_exclusive"] == 0.5
+    np.testing.assert_allclose(found["groups"][STEADY]["mmcs"], 0.75)  # feature 0: 1 in three snapshots of six
+    np.testing.assert_allclose(found["similarity_X"][0], np.sqrt(0.5), rtol=1e-6)
+
+    unit = directions * strength[:, :, None]
+    one = unit[:, :1] + unit[:, 1:2]  # features 0 and 1 in one latent; nothing is left for one of them
+    merged = evaluate.evolution_recovery(np.concatenate([decoder[:, 2:], one], axis=1), directions, strength, group)
+    assert (merged["split"], merged["merged"], merged["groups"][STEADY]["merged"]) == (0, 2, 2)
+    assert merged["matched"] == 11 / 12 and sorted(merged["latent_X"][:2]) == [-1, 10]
+    np.testing.assert_allclose(merged["groups"][STEADY]["mmcs"], np.sqrt(0.5) / 2)  # 0 for the one left over
+    opposite = evaluate.evolution_recovery(-decoder, directions, strength)
+    assert opposite["matched"] == 0.0 and opposite["mmcs"] <= 0.0 and np.isnan(opposite["curve_error"])
+
+
+def test_evolution_scores_of_any_dictionary_follow_their_definitions():
+    """Everything again, one feature at a time and by trying all matchings."""
+    rng = np.random.default_rng(5)
+    snapshots, width, features, latents = 5, 6, 4, 5
+    strength = rng.uniform(0, 1, (snapshots, features)) * (rng.uniform(size=(snapshots, features)) < 0.8)
+    strength[:, 0] = rng.uniform(0.5, 1, snapshots)
+    directions = rng.normal(size=(1, features, width)) + 0.5 * rng.normal(size=(snapshots, features, width))
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    decoder = rng.normal(size=(snapshots, latents, width))
+    decoder[:, :4] += 3 * (directions * strength[:, :, None])[:, [2, 0, 3, 1]]
+    decoder *= rng.uniform(size=(snapshots, latents, 1)) < 0.8
+    found = evaluate.evolution_recovery(decoder, directions, strength, matched=0.3, split=0.3)
+
+    def cosine(a, b):
+        norms = np.linalg.norm(a) * np.linalg.norm(b)
+        return np.sum(a * b) / norms if norms else 0.0
+
+    truth = directions * strength[:, :, None]
+    similarity = np.array([[cosine(decoder[:, f], truth[:, x]) for x in range(features)] for f in range(latents)])
+    best = max(itertools.permutations(range(latents), features), key=lambda p: sum(similarity[p, range(features)]))
+    np.testing.assert_array_equal(found["latent_X"], best)
+
+    def rotation(path, there):
+        angles = {h: np.degrees(np.arccos(np.clip(cosine(path[h], path[there[0]]), -1, 1))) for h in there}
+        total = angles[there[-1]]
+        return total, min([h for h in there if h != there[0] and angles[h] > total / 2], default=snapshots)
+
+    lists = {name: [] for name in found}
+    at = [[] for _ in range(snapshots)]
+    for x, f in enumerate(best):
+        r = strength[:, x] / strength[:, x].max()
+        norms = np.linalg.norm(decoder[:, f], axis=1)
+        n = norms / norms.max()
+        there = [h for h in range(snapshots) if r[h] >= 0.5]
+        for h in there:
+            at[h].append(cosine(decoder[h, f], directions[h, x]))
+        lists["matched"].append(similarity[f, x] >= 0.3)
+        if similarity[f, x] < 0.3:
+            continue
+        true, seen = ([h for h in range(snapshots) if curve[h] > 0.5] for curve in (r, n))
+        if true[0] > 0:
+            lists["emergence_error"].append(abs(true[0] - seen[0]))
+            lists["emergence_near"].append(abs(true[0] - seen[0]) <= 1)
+        if true[-1] < snapshots - 1:
+            lists["end_error"].append(abs(true[-1] - seen[-1]))
+            lists["end_near"].append(abs(true[-1] - seen[-1]) <= 1)
+        (angle, turn), (true_angle, true_turn) = rotation(decoder[:, f], there), rotation(directions[:, x], there)
+        if true_angle > 10:
+            lists["rotation_error"].append(abs(angle - true_angle))
+            lists["turn_error"].append(abs(turn - true_turn))
+        elif len(there) > 1:
+            lists["still_rotation"].append(angle)
+        lists["curve_correlation"].append(np.corrcoef(r, n)[0, 1])
+        lists["curve_error"].extend(np.abs(r - n))
+        if min(r) >= 0.1:
+            lists["false_exclusive"].append(min(n) < 0.05)
+        if min(r) < 0.01:
+            lists["false_shared"].append(max(n[h] for h in range(snapshots) if r[h] < 0.01) > 0.3)
+    assert sum(len(values) > 0 for values in lists.values()) >= 9  # hardly any definition goes untested
+    for name, values in lists.items():
+        if values:
+            np.testing.assert_allclose(found[name], np.mean(values), rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(found["mmcs_H"], [np.mean(values) for values in at], rtol=1e-9)
+    np.testing.assert_allclose(found["mmcs"], np.mean(sum(at, [])), rtol=1e-9)
+    close = similarity > 0.3
+    assert found["split"] == sum(close[:, x].sum() > 1 for x in range(features))
+    crowded = [f for f in range(latents) if close[f].sum() > 1]
+    assert found["merged"] == sum(any(close[f, x] for f in crowded) for x in range(features)) > 0
+
+
+def test_bad_evolutions_are_refused():
+    directions, strength, group = planted_evolution()
+    decoder = decoder_of(directions, strength)
+    for bad in (decoder[0], decoder[:4], decoder[:, :, :5]):
+        with pytest.raises(InputError, match=r"give \[snapshots, latents, width\], \[snapshots, features, width\]"):
+            evaluate.evolution_recovery(bad, directions, strength)
+    with pytest.raises(InputError, match=r"strengths \[12, 6\]; give"):
+        evaluate.evolution_recovery(decoder, directions, strength.T)
+    with pytest.raises(InputError, match=r"labels of shape \[6\] for 12 features"):
+        evaluate.evolution_recovery(decoder, directions, strength, group[:6])
+    with pytest.raises(InputError, match="the decoder or the planted evolution hold NaN"):
+        evaluate.evolution_recovery(decoder * np.nan, directions, strength)
+    for bad in (strength - 0.1, strength * (group != WEAK)[None]):
+        with pytest.raises(InputError, match="negative strength, or none at any snapshot"):
+            evaluate.evolution_recovery(decoder, directions, bad)
 
 
 # --- top contexts ----------------------------------------------------------------------------------------------------

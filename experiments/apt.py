@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -197,16 +198,25 @@ DEMO_LANGUAGE = language.LanguageConfig(
 )
 
 
-def load_corpus(run: Run, cfg: PretrainConfig, embedded: language.LanguageConfig = DEMO_LANGUAGE) -> Corpus:
-    """Read or generate (`embedded`) the text, tokenise it into the store, split it and cut it into windows."""
+def load_corpus(
+    run: Run,
+    cfg: PretrainConfig,
+    embedded: language.LanguageConfig = DEMO_LANGUAGE,
+    extra: Callable[[language.Language], list[str]] = lambda lang: [],
+) -> Corpus:
+    """Read or generate the text, tokenise it into the store, split it and cut it into windows.
+
+    `embedded` is the language that is generated, `extra` gives documents that are added to it.
+    """
     lang = None
     if cfg.corpus == "embedded":
         if not cfg.documents:
             raise InputError("--corpus embedded needs --documents N, the number of articles to generate")
         lang = language.make_language(embedded)
-        texts = language.sample_documents(lang, cfg.documents, seed=cfg.split_seed)
+        texts = language.sample_documents(lang, cfg.documents, seed=cfg.split_seed) + extra(lang)
         made = repr((lang.config, cfg.documents, cfg.split_seed)).encode()
-        source = TextSource("embedded", texts, hashlib.sha256(made + "\n".join(texts[:100]).encode()).hexdigest())
+        shown = "\n".join(texts[:100] + texts[cfg.documents :])
+        source = TextSource("embedded", texts, hashlib.sha256(made + shown.encode()).hexdigest())
     elif not cfg.corpus:
         raise InputError("this preset reads real text: give --corpus FOLDER (or tfds:NAME) and --vocab FILE")
     else:
@@ -293,19 +303,20 @@ def finished(path: Path, kind: str, like, config: dict[str, Any], corpus: Corpus
     return saved.tree
 
 
-def pretrain(run: Run, cfg: PretrainConfig, corpus: Corpus, mesh, seed: int, size: int):
+def pretrain(run: Run, cfg: PretrainConfig, corpus: Corpus, mesh, seed: int, size: int, variant: str = ""):
     """The trunk with its head, trained on W_S = `size`, masked or, where the model is causal, on the next token;
-    snapshots at steps 0, 1, 2, 4, ... (and `cfg.snapshots` more) stay on disk."""
+    snapshots at steps 0, 1, 2, 4, ... (and `cfg.snapshots` more) stay on disk. `variant` names another training of the
+    same seed."""
     model, windows = cfg.model(corpus.tokenizer.vocab_size), corpus.training[size]
     per_epoch = steps_per_epoch(windows.num_rows, cfg.batch)
     steps = cfg.epochs * per_epoch
-    snapshots = folder(run, seed, size, "snapshots")
+    snapshots = folder(run, seed, size, f"snapshots{variant}")
     last = checkpoint.step_path(snapshots, steps)
     if last.exists():
         like = jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
         return finished(last, "transformer", like, dataclasses.asdict(model), corpus, mesh)
 
-    stage = f"pretrain-seed{seed}-ws{size}"
+    stage = f"pretrain-seed{seed}-ws{size}{variant}"
     key = jax.random.fold_in(jax.random.key(seed), 0)
     params = jax.jit(transformer.init, static_argnums=1)(key, model)
     optimizer = train.OptimizerConfig(cfg.lr, cfg.weight_decay, b2=cfg.b2, schedule=cfg.schedule, warmup=cfg.warmup)
@@ -327,7 +338,7 @@ def pretrain(run: Run, cfg: PretrainConfig, corpus: Corpus, mesh, seed: int, siz
         batches(windows, seed, cfg.batch),
         train.FitConfig(steps, cfg.dispatch, cfg.checkpoint_every, train.log_spaced(steps, cfg.snapshots)),
         mesh=mesh,
-        folder=folder(run, seed, size, "state"),
+        folder=folder(run, seed, size, f"state{variant}"),
         description={"stage": stage, "model": dataclasses.asdict(model)},
         on_metrics=lambda number, values: run.log(stage, number, **values),
         on_start=lambda number: run.rewind(stage, number),

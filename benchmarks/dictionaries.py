@@ -61,7 +61,7 @@ class Ours:
     """A bank of ours that takes its turns in a race: all of its batches in one dispatch, as `fit` sends them."""
 
     def __init__(self, cfg: DictionaryConfig, train_cfg: TrainConfig, hyper, params_G, x_NBSD, sites):
-        norm = {"mean": jnp.zeros((1, cfg.width)), "scale": jnp.ones(1)}
+        norm = {"mean": jnp.zeros((cfg.heads, cfg.width)), "scale": jnp.ones(cfg.heads)}
         state = train.init_state(jax.random.key(0), cfg, train_cfg, hyper, norm, params=params_G, sites=sites)
         self.state = jax.tree.map(jnp.array, state)  # the step donates it
         steps = bert6_jax.train.many_steps(train.make_step(cfg, train_cfg, activations.given))
@@ -90,10 +90,15 @@ class Theirs:
         return float(np.mean(self.losses))
 
 
+def cores() -> int:
+    """Cores that this process may run on, which XLA and PyTorch both get."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def torch_threads():
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     return torch
 
 

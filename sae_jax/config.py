@@ -92,7 +92,8 @@ class DictionaryConfig:
             raise InputError("code_norm per_head is for jumprelu; other dictionaries take none, l2 or l1")
         if self.activation == "jumprelu" and self.gate == "per_head" and self.code_norm != "per_head":
             raise InputError("a jumprelu with a gate per head has a code per head: set code_norm to per_head too")
-        if not 0 <= self.shared_latents <= self.latents or not self.shared_penalty >= 0:
+        whole = isinstance(self.shared_latents, int)
+        if not whole or not 0 <= self.shared_latents <= self.latents or not self.shared_penalty >= 0:
             raise InputError(
                 f"{self.shared_latents} shared latents of {self.latents} with penalty {self.shared_penalty}; give a "
                 "number from 0 to all of them and a factor from 0 on"

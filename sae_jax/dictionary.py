@@ -33,7 +33,8 @@ The loss is a mean over rows of |x - xhat|^2 (summed over H and D) plus, with n_
     gated      lambda sum_f relu(pre_f) n_f + |x - xhat(relu(pre))|^2 through a frozen decoder      2404.16014 eq. 8
     jumprelu   lambda sum_f 1[pre_f g_f > tau_f], or lambda sum_f tanh(c z_f n_f);  arXiv 2407.14435 eq. 9
                or lambda sum_f p_f (1 + p_f / s), p_f the mean of tanh(c z_f n_f) over rows: tanh_quad, OpenMOSS;
-               mu sum_f relu(tau_f - pre_f) n_f, the pre-activation loss             Anthropic January 2025
+               mu sum_f relu(tau_f - pre_f) n_f, the pre-activation loss (Anthropic January 2025); of a gate that
+               reads norms mu sum_f relu(tau_f - pre_f g_f) (ours: the gate's own reading, and its norm frozen)
     all        aux |e - ehat|^2 var(x) / var(e): the k_aux largest dead latents of a row model its error e = x - xhat,
                without b_dec                                                                 arXiv 2406.04093 A.2
     prefixes   Matryoshka: the squared error is the mean over the nested dictionaries (there the sum), so that the other
@@ -124,7 +125,11 @@ def decode(dictionary: Dictionary, z_BF: jax.Array, cfg: DictionaryConfig, undo:
 
 
 def at_head(dictionary: Dictionary, z_BF: jax.Array, cfg: DictionaryConfig, head: int | jax.Array) -> jax.Array:
-    """Codes `[B, F]` as one head (may be traced) lets them through: f_h of a gate per head, else z itself."""
+    """Codes `[B, F]` as one head (may be traced) lets them through: f_h of a gate per head, else z itself.
+
+    While a batch_topk dictionary with a gate per head has learnt no threshold, codes do not tell which heads they came
+    through: here and in `decode` they go through every head whose decoder is not zero. `reconstruct` has the batch.
+    """
     if not per_head(cfg):
         return z_BF
     gate = _gate(dictionary, cfg)
@@ -343,8 +348,7 @@ def codes_and_gate(
     if per_head(cfg):
         level = gate_level(params, cfg, threshold)
         if cfg.activation == "batch_topk":
-            of_batch = below(largest_over_heads(pre_BF, norm, k))
-            level = of_batch if threshold is None else jnp.where(threshold >= 0, level, of_batch)
+            level = _learnt_or(threshold, lambda it: it, lambda: below(largest_over_heads(pre_BF, norm, k, cfg.k)))
         return through(pre_BF, norm.max(0), level), Gate(norm, level)
     if cfg.activation == "jumprelu":
         return through(pre_BF, norm, gate_level(params, cfg, threshold)), shared
@@ -353,10 +357,17 @@ def codes_and_gate(
         read_BK, index_BK = top_latents(read_BF, cfg.k)
         z_BK = read_BK if norm is None else jnp.take_along_axis(pre_BF, index_BK, axis=1)
         return scatter_codes(within(z_BK, k), index_BK, cfg.latents), shared
-    keep_BF = batch_largest(read_BF, k)
-    if threshold is not None:
-        keep_BF = jnp.where(threshold >= 0, read_BF > threshold, keep_BF)
+    keep_BF = _learnt_or(threshold, lambda level: read_BF > level, lambda: batch_largest(read_BF, k))
     return jnp.where(keep_BF | jnp.isnan(pre_BF), pre_BF, 0.0), shared  # NaN stays NaN
+
+
+def _learnt_or(threshold, learnt, by_batch):
+    """`learnt(threshold)`, or `by_batch()` without a threshold or before one was learnt (negative); the batch, whose
+    ranking costs a few times the encoder's product, is ranked only then (inside of `vmap` always)."""
+    if threshold is None:
+        return by_batch()
+    threshold = jnp.asarray(threshold, jnp.float32)
+    return jax.lax.cond(threshold >= 0, lambda: learnt(threshold), by_batch)
 
 
 def gate_level(params: Params, cfg: DictionaryConfig, threshold) -> jax.Array:
@@ -385,16 +396,15 @@ def code_weights(params: Params, cfg: DictionaryConfig) -> jax.Array:
     """n of the penalties: [F], or [H, F] with `code_norm="per_head"`."""
     if cfg.code_norm == "none":
         return jnp.ones(cfg.latents)
-    if cfg.code_norm == "l2" or cfg.heads == 1:  # one root of one sum: its gradient is finite where a head is all zero
-        return jnp.sqrt(jnp.square(params["W_dec"]).sum((0, -1)))
-    n_HF = safe_norms(params["W_dec"])
+    if cfg.code_norm == "l2" or cfg.heads == 1:
+        return _root(jnp.square(params["W_dec"]).sum((0, -1)))
+    n_HF = _root(jnp.square(params["W_dec"]).sum(-1))
     return n_HF if cfg.code_norm == "per_head" else n_HF.sum(0)
 
 
-def safe_norms(W_HFD: jax.Array) -> jax.Array:
-    """Norms `[H, F]` of rows, with gradient zero where a row is zero."""
-    square_HF = jnp.square(W_HFD).sum(-1)
-    return jnp.where(square_HF > 0, jnp.sqrt(jnp.where(square_HF > 0, square_HF, 1.0)), 0.0)
+def _root(square: jax.Array) -> jax.Array:
+    """Square root with gradient zero at zero: a decoder of zeros has a norm, but no direction to shrink in."""
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
 def gated(params: Params, pre_BF: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -52,11 +52,6 @@ class Parts(NamedTuple):
 # --- jumprelu --------------------------------------------------------------------------------------------------------
 
 
-def _window(pre, tau, cfg: DictionaryConfig) -> jax.Array:
-    """1 / epsilon within epsilon / 2 of the threshold: the rectangle kernel."""
-    return jnp.where(jnp.abs(pre - tau) < cfg.bandwidth / 2, np.float32(1 / cfg.bandwidth), 0.0)
-
-
 def jump(pre_BF: jax.Array, log_threshold_F: jax.Array, cfg: DictionaryConfig, norm_F=None) -> jax.Array:
     """pre 1[pre n > tau] with the straight-through gradient of arXiv 2407.14435 (eq. 11) for the threshold; n = 1
     without `norm_F`, which takes no gradient.
@@ -93,9 +88,10 @@ def _straight_through(pre_BF, log_threshold_F, norm_F, cfg: DictionaryConfig, va
         if values and norm_F is not None:  # of z, not of z n
             slope_1F = jnp.where(norm_F[None] > 0, slope_1F / jnp.where(norm_F[None] > 0, norm_F[None], 1.0), 0.0)
         # values at or below 0 are never let through: their side of the window moves no threshold
-        window_BF = jnp.where(read_BF > 0, _window(read_BF, tau_1F, cfg), 0.0)
+        inside_BF = (read_BF > 0) & (jnp.abs(read_BF - tau_1F) < cfg.bandwidth / 2)
         g_pre_BF = jnp.where(read_BF > tau_1F, g_BF, 0.0) if values else jnp.zeros_like(g_BF)
-        return g_pre_BF, -(g_BF * window_BF * slope_1F).sum(0), None
+        # the rectangle kernel: 1 / epsilon within epsilon / 2 of the threshold
+        return g_pre_BF, sum_rows(jnp.where(inside_BF, g_BF, 0.0)) * slope_1F[0] * np.float32(-1 / cfg.bandwidth), None
 
     f.defvjp(forward, backward)
     return f(pre_BF, log_threshold_F, norm_F)
@@ -110,10 +106,11 @@ def exponent(cfg: DictionaryConfig, progress) -> jax.Array:
     return 1.0 + np.float32(cfg.p_end - 1.0) * stage / max(cfg.p_stages - 1, 1)
 
 
-def power_sum(z_BF: jax.Array, p) -> jax.Array:
-    """Mean over rows of sum_f z_f^p; the gradient is finite at zero."""
+def power_sum(z_BF: jax.Array, p, weight_F=None) -> jax.Array:
+    """Mean over rows of sum_f weight_f z_f^p (weight 1 by default); the gradient is finite at zero."""
     on_BF = z_BF > 0
-    return jnp.where(on_BF, jnp.where(on_BF, z_BF, 1.0) ** p, 0.0).sum(-1).mean()
+    power_BF = jnp.where(on_BF, jnp.where(on_BF, z_BF, 1.0) ** p, 0.0)
+    return (power_BF if weight_F is None else power_BF * weight_F[None]).sum(-1).mean()
 
 
 def loss(
@@ -152,21 +149,21 @@ def loss(
         sparse_codes = (value_BK, index_BK) if rows else None
         z_BF = None if rows else sparse.scatter_codes(value_BK, index_BK, cfg.latents)
     else:
-        pre_BF = pre_activations(params, x_BHD, cfg)
+        pre_BF = _pre(params, x_BHD, cfg)
         # without the barrier XLA's CPU backend computes the activation again inside of the products that read it
         pre_BF = jax.lax.optimization_barrier(pre_BF)
         if per_head(cfg):
             z_BF = None
         elif cfg.activation == "relu":
             z_BF = jax.nn.relu(pre_BF)
-            cost_BF = z_BF * (n * _shares(cfg))[None]
-            penalty = warm * hyper.sparsity * p_weight * power_sum(cost_BF, exponent(cfg, progress))
+            cost = power_sum(z_BF * n[None], exponent(cfg, progress), shares(cfg))
+            penalty = warm * hyper.sparsity * p_weight * cost
         elif cfg.activation == "gated":
             z_BF, gate_BF = gated(params, pre_BF)
             pre_BF = gate_BF  # what the dead are ranked by
             on_BF = jax.nn.relu(gate_BF)
-            cost_BF = on_BF * (n * _shares(cfg))[None]
-            penalty = warm * hyper.sparsity * p_weight * power_sum(cost_BF, exponent(cfg, progress))
+            cost = power_sum(on_BF * n[None], exponent(cfg, progress), shares(cfg))
+            penalty = warm * hyper.sparsity * p_weight * cost
             frozen = params | {name: jax.lax.stop_gradient(params[name]) for name in ("W_dec", "b_dec")}
             extra = _error(x_BHD - reconstruction(frozen, on_BF, cfg))
         elif cfg.activation == "batch_topk":
@@ -184,7 +181,8 @@ def loss(
         error = _error(residual_BHD)
         if cfg.activation == "jumprelu":
             penalty = warm * hyper.sparsity * _penalty(walked.cost_F, cfg) + hyper.pre_act * walked.below_F.sum()
-        l0 = walked.active_F.sum().astype(jnp.float32) * np.float32(1 / (x_BHD.shape[0] * cfg.heads))
+        # summed as floats: over rows, heads and latents together int32 may overflow
+        l0 = walked.active_F.astype(jnp.float32).sum() * np.float32(1 / (x_BHD.shape[0] * cfg.heads))
         least, fired_F = walked.least, walked.active_F > 0
     elif sparse_codes is not None:
         xhat_BHD = sparse.decode_rows(*sparse_codes, params["W_dec"][0])[:, None] + params["b_dec"][None]
@@ -211,11 +209,37 @@ def loss(
     return total, Parts(total, error, penalty, aux, l0, least, fired_F)
 
 
+def _pre(params, x_BHD, cfg: DictionaryConfig) -> jax.Array:
+    """`pre_activations`, whose gradient of b_dec is (sum_b g) W_enc: g W_enc, a product as large as the forward one,
+    would be computed for its sum over rows alone."""
+    if not cfg.subtract_bias:
+        return pre_activations(params, x_BHD, cfg)
+    share = np.float32(1 / cfg.heads if cfg.aggregate == "mean" else 1.0)
+    frozen = params | {"b_dec": jax.lax.stop_gradient(params["b_dec"])}
+    zero_F = share * _bias_read(params["b_dec"], params["W_enc"])
+    return pre_activations(frozen, x_BHD, cfg) + zero_F[None]
+
+
+@jax.custom_vjp
+def _bias_read(b_dec_HD, W_HFD) -> jax.Array:
+    """Zeros [F] with the gradient that -sum_h b_dec[h] W[h]^T has for b_dec."""
+    return jnp.zeros(W_HFD.shape[1], W_HFD.dtype)
+
+
+def _bias_read_bwd(W_HFD, g_F):
+    return -jnp.einsum("f,hfd->hd", g_F, W_HFD), None
+
+
+_bias_read.defvjp(lambda b_dec_HD, W_HFD: (_bias_read(b_dec_HD, W_HFD), W_HFD), _bias_read_bwd)
+
+
 # --- penalties of codes per head -------------------------------------------------------------------------------------
 
 
-def _shares(cfg: DictionaryConfig) -> np.ndarray:
-    """Factor on every latent's penalty, `[F]`: less for those that all heads share."""
+def shares(cfg: DictionaryConfig) -> np.ndarray | None:
+    """Factor on every latent's penalty, `[F]`: less for those that all heads share (None: 1 for all)."""
+    if not cfg.shared_latents:
+        return None
     return np.where(np.arange(cfg.latents) < cfg.shared_latents, cfg.shared_penalty, 1.0).astype(np.float32)
 
 
@@ -223,28 +247,69 @@ def _cost(pre_BF, f_BF, log_threshold_F, n_F, norm_F, cfg: DictionaryConfig) -> 
     """What a jumprelu latent pays in one head, its mean over rows, `[F]`."""
     if cfg.penalty == "l0":
         return active(pre_BF, log_threshold_F, cfg, norm_F).mean(0)
-    return jnp.tanh(np.float32(cfg.tanh_scale) * f_BF * n_F[None]).mean(0)
+    return _tanh_rows(f_BF, np.float32(cfg.tanh_scale) * n_F) * np.float32(1 / len(f_BF))
+
+
+@jax.custom_vjp
+def _tanh_rows(f_BF, n_F) -> jax.Array:
+    """Sum over rows of tanh(f n). Nothing but f and n is kept, and the gradient makes one array, the tanh."""
+    return sum_rows(jnp.tanh(f_BF * n_F[None]))
+
+
+def _tanh_rows_bwd(saved, g_F):
+    f_BF, n_F = saved
+    tanh_BF = jax.lax.optimization_barrier(jnp.tanh(f_BF * n_F[None]))
+    # 1 - tanh^2 multiplied out twice over, or XLA makes arrays of it and of the 1 on CPUs
+    slope_1F = (g_F * n_F)[None]
+    return slope_1F - tanh_BF * (tanh_BF * slope_1F), g_F * (f_BF - tanh_BF * (tanh_BF * f_BF)).sum(0)
+
+
+_tanh_rows.defvjp(lambda f_BF, n_F: (_tanh_rows(f_BF, n_F), (f_BF, n_F)), _tanh_rows_bwd)
 
 
 def _below(pre_BF, log_threshold_F, n_F, norm_F) -> jax.Array:
-    """The pre-activation loss of one head, its mean over rows, `[F]`: how far `pre` is from its gate's level."""
-    level_F = jnp.exp(log_threshold_F)
-    if norm_F is not None:
-        level_F = level_F / jnp.maximum(norm_F, 1e-12)
-    return (jax.nn.relu(level_F[None] - pre_BF) * n_F[None]).mean(0)
+    """The pre-activation loss of one gate, its mean over rows, `[F]`: how far what it reads is from its level."""
+    tau_1F = jnp.exp(log_threshold_F)[None]
+    if norm_F is None:
+        return (jax.nn.relu(tau_1F - pre_BF) * n_F[None]).mean(0)
+    # The reading is in units of the decoder already. As (tau / norm - pre) norm it would be the same number, with a
+    # gradient tau / norm for the decoder, without bound where a head has next to none.
+    return jax.nn.relu(tau_1F - pre_BF * norm_F[None]).mean(0)
+
+
+@jax.custom_vjp
+def _short(pre_BF, tau_F, norm_F, wanted) -> jax.Array:
+    """`_below` of a gate that reads pre norm, with no gradient for the norm; not `wanted` (its weight is 0): zeros,
+    without a walk over the rows."""
+    sums = (lambda: jax.nn.relu(tau_F[None] - pre_BF * norm_F[None]).mean(0), lambda: jnp.zeros_like(tau_F))
+    return jax.lax.cond(wanted, *sums)
+
+
+def _short_bwd(saved, g_F):
+    pre_BF, tau_F, norm_F, wanted = saved
+    g_F = g_F * np.float32(1 / len(pre_BF))
+
+    def short():  # within each branch, so that no array of it is made for both
+        return pre_BF * norm_F[None] < tau_F[None]
+
+    count_F = jax.lax.cond(wanted, lambda: short().sum(0, dtype=jnp.float32), lambda: jnp.zeros_like(tau_F))
+    return jnp.where(short(), -(g_F * norm_F)[None], 0.0), g_F * count_F, None, None
+
+
+_short.defvjp(lambda *args: (_short(*args), args), _short_bwd)
 
 
 def _costs(params, pre_BF, z_BF, n, norm_F, cfg: DictionaryConfig) -> tuple[jax.Array, jax.Array]:
-    """`_cost` and `_below` of a shared gate, summed over heads where each head's norm weighs its own."""
+    """`_cost` (summed over heads where each head's norm weighs its own) and `_below` of a shared gate."""
     log_threshold_F = params["log_threshold"]
 
     def one(n_F):
-        return _cost(pre_BF, z_BF, log_threshold_F, n_F, norm_F, cfg), _below(pre_BF, log_threshold_F, n_F, norm_F)
+        return _cost(pre_BF, z_BF, log_threshold_F, n_F, norm_F, cfg)
 
     if n.ndim == 1:
-        return one(n)
-    costs = jax.lax.map(jax.checkpoint(one, prevent_cse=False), n)
-    return jax.tree.map(lambda cost_HF: cost_HF.sum(0), costs)
+        return one(n), _below(pre_BF, log_threshold_F, n, norm_F)
+    cost_HF = jax.lax.map(jax.checkpoint(one, prevent_cse=False), n)
+    return cost_HF.sum(0), _below(pre_BF, log_threshold_F, n.sum(0), norm_F)
 
 
 def _penalty(cost_F, cfg: DictionaryConfig) -> jax.Array:
@@ -253,7 +318,7 @@ def _penalty(cost_F, cfg: DictionaryConfig) -> jax.Array:
         heads = cfg.heads if cfg.code_norm == "per_head" else 1
         p_F = cost_F * np.float32(1 / heads)
         cost_F = heads * p_F * (1.0 + p_F * np.float32(1 / cfg.quad_scale))
-    return (cost_F * _shares(cfg)).sum()
+    return (cost_F * shares(cfg) if cfg.shared_latents else cost_F).sum()
 
 
 class _Walked(NamedTuple):
@@ -274,23 +339,23 @@ def _walk_heads(params, x_BHD, pre_BF, n, norm_HF, cfg: DictionaryConfig, hyper:
     jumps = cfg.activation == "jumprelu"
     log_threshold_F = params["log_threshold"] if jumps else None
     if not jumps:
-        level = below(sparse.largest_over_heads(jax.lax.stop_gradient(pre_BF), norm_HF, hyper.k))
+        level = below(sparse.largest_over_heads(jax.lax.stop_gradient(pre_BF), norm_HF, hyper.k, cfg.k))
     n = norm_HF if n.ndim == 1 else n  # batch_topk has no penalty to weigh
 
     def head(sums: _Walked, each):
         x_BD, W_FD, b_D, n_F, norm_F = each
         f_BF = jump(pre_BF, log_threshold_F, cfg, norm_F) if jumps else through(pre_BF, norm_F, level)
         f_BF = jax.lax.optimization_barrier(f_BF)
-        residual_BD = checkpoint_name(x_BD - jnp.matmul(f_BF, W_FD) - b_D[None], "residual")
+        residual_BD = checkpoint_name(x_BD - _decoded(f_BF, W_FD) - b_D[None], "residual")
         if jumps:
             sums = sums._replace(
                 cost_F=sums.cost_F + _cost(pre_BF, f_BF, log_threshold_F, n_F, norm_F, cfg),
-                below_F=sums.below_F + _below(pre_BF, log_threshold_F, n_F, norm_F),
+                below_F=sums.below_F + _short(pre_BF, jnp.exp(log_threshold_F), norm_F, hyper.pre_act > 0),
             )
         value_BF = jax.lax.stop_gradient(f_BF)
         on_BF = value_BF > 0
         sums = sums._replace(
-            active_F=sums.active_F + on_BF.sum(0, dtype=jnp.int32),
+            active_F=sums.active_F + sum_rows(jnp.where(on_BF, 1.0, 0.0)).astype(jnp.int32),
             least=jnp.minimum(sums.least, jnp.where(on_BF, value_BF * norm_F[None], jnp.inf).min()),
         )
         return sums, residual_BD
@@ -301,6 +366,30 @@ def _walk_heads(params, x_BHD, pre_BF, n, norm_HF, cfg: DictionaryConfig, hyper:
     each = (jnp.moveaxis(x_BHD, 1, 0), params["W_dec"], params["b_dec"], n, norm_HF)
     sums, residual_HBD = jax.lax.scan(jax.checkpoint(head, policy=keep, prevent_cse=False), start, each)
     return jnp.moveaxis(residual_HBD, 0, 1), sums
+
+
+def sum_rows(x_BF) -> jax.Array:
+    """Sum over rows. XLA's CPU backend computes one value at a time what it computes inside of a sum, so that there it
+    is made first."""
+    return (jax.lax.optimization_barrier(x_BF) if sparse.by_rows() else x_BF).sum(0)
+
+
+@jax.custom_vjp
+def _decoded(f_BF, W_FD) -> jax.Array:
+    """f W, whose gradient of W is computed transposed: on CPUs (g^T f)^T takes half the time of f^T g."""
+    return jnp.matmul(f_BF, W_FD)
+
+
+def _decoded_fwd(f_BF, W_FD):
+    return jnp.matmul(f_BF, W_FD), (f_BF, W_FD)
+
+
+def _decoded_bwd(saved, g_BD):
+    f_BF, W_FD = saved
+    return jnp.matmul(g_BD, W_FD.T), jax.lax.optimization_barrier(jnp.matmul(g_BD.T, f_BF)).T
+
+
+_decoded.defvjp(_decoded_fwd, _decoded_bwd)
 
 
 def _error(residual_BHD) -> jax.Array:

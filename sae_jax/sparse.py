@@ -35,23 +35,81 @@ def top_latents(pre_BF: jax.Array, K: int) -> tuple[jax.Array, jax.Array]:
     return value_BK, index_BK
 
 
-def largest_over_heads(pre_BF: jax.Array, norm_HF: jax.Array, k) -> jax.Array:
+def largest_over_heads(pre_BF: jax.Array, norm_HF: jax.Array, k, k_max: int) -> jax.Array:
     """The (k B H)-th largest of pre_BF norm_HF over rows, heads and latents, [] float32, without the array of them all;
-    the smallest positive one where fewer are positive."""
-    wanted = jnp.asarray(k, jnp.int32) * (pre_BF.shape[0] * norm_HF.shape[0])
+    the smallest positive float where fewer are positive. k may be traced, 1 to the static `k_max`; no gradient.
+
+    Two bisections. With every latent read by its largest norm, the (k B H)-th largest of `[B, F]` is a level t that the
+    one searched lies at or above, and fewer than k B H entries are above t. Only these are read by every head.
+    """
+    (B, F), H = pre_BF.shape, norm_HF.shape[0]
+    pre_BF, norm_HF = jax.lax.stop_gradient((pre_BF, norm_HF))
+    wanted = jnp.minimum(jnp.asarray(k, jnp.int32), k_max) * (B * H)
     positive_BF = jnp.where(pre_BF > 0, pre_BF, 0.0)
+    most_BF = _bits(positive_BF * norm_HF.max(0)[None])
+    end = most_BF.max() + 1
+    found = _bisect(lambda level: (most_BF >= level).sum(dtype=jnp.int32), jnp.int32(0), end, wanted)
+    t = jnp.where(found > 0, _least_from(most_BF, found), 0)
 
-    def bit(i, found):
-        raised = found | jax.lax.shift_left(jnp.int32(1), jnp.int32(30) - i)
+    size = min(k_max * B * H, B * F)
+    if size == B * F:
 
-        def count(total, norm_F):
-            bits_BF = jax.lax.bitcast_convert_type(positive_BF * norm_F[None], jnp.int32)
-            return total + (bits_BF >= raised).sum(dtype=jnp.int32), None
+        def read(norm_F):
+            return _bits(positive_BF * norm_F[None])
 
-        return jnp.where(jax.lax.scan(count, jnp.int32(0), norm_HF)[0] >= wanted, raised, found)
+    else:
+        place_C = jnp.nonzero((most_BF > t).reshape(-1), size=size, fill_value=B * F)[0]
+        value_C = positive_BF.reshape(-1).at[place_C].get(mode="fill", fill_value=0.0)
+        latent_C = place_C % F
 
-    least = jnp.maximum(jax.lax.fori_loop(0, 31, bit, jnp.int32(0)), 1)
-    return jax.lax.bitcast_convert_type(least, jnp.float32)
+        def read(norm_F):
+            return _bits(value_C * norm_F[latent_C])
+
+    def count(level):
+        def add(total, norm_F):
+            # no further than one more than asked for: all of them can be more than int32 holds
+            return jnp.minimum(total + (read(norm_F) >= level).sum(dtype=jnp.int32), wanted + 1), None
+
+        return jax.lax.scan(add, jnp.int32(0), norm_HF)[0]
+
+    def least(level):
+        def lower(so_far, norm_F):
+            return jnp.minimum(so_far, _least_from(read(norm_F), level)), None
+
+        return jax.lax.scan(lower, jnp.int32(_NO_BITS), norm_HF)[0]
+
+    found = _bisect(count, t, end, wanted)
+    return jax.lax.bitcast_convert_type(jnp.maximum(jnp.where(found > t, least(found), t), 1), jnp.float32)
+
+
+_NO_BITS = 2**31 - 1
+
+
+def _bits(value: jax.Array) -> jax.Array:
+    """Floats from 0 on order as these integers do."""
+    return jax.lax.bitcast_convert_type(value, jnp.int32)
+
+
+def _least_from(bits: jax.Array, level) -> jax.Array:
+    return jnp.where(bits >= level, bits, _NO_BITS).min()
+
+
+def _bisect(count, low, high, wanted) -> jax.Array:
+    """The largest integer in (low, high) that at least `wanted` values reach, or an earlier one that exactly so many
+    reach, which the same values do; `low` where there is none. `count` tells how many reach a level."""
+
+    def unknown(state):
+        low, high, reached = state
+        return (high - low > 1) & (reached != wanted)
+
+    def halve(state):
+        low, high, reached = state
+        middle = low + (high - low) // 2
+        counted = count(middle)
+        enough = counted >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle), jnp.where(enough, counted, reached)
+
+    return jax.lax.while_loop(unknown, halve, (low, high, jnp.int32(-1)))[0]
 
 
 def batch_largest(pre_BF: jax.Array, k) -> jax.Array:

@@ -256,13 +256,14 @@ def make_step(cfg: DictionaryConfig, train: TrainConfig, inputs: Inputs, *, loop
 def _annealed(params, y_BHD, cfg: DictionaryConfig, p_weight, progress, following):
     """The penalty's weight for the next step: where its exponent is about to fall, what leaves the penalty of this
     batch as it is (dictionary_learning keeps the mean of ten batches at its level)."""
-    if cfg.p_end == 1.0:
+    if cfg.p_end == 1.0 or cfg.activation not in ("relu", "gated"):
         return p_weight
     now, then = losses.exponent(cfg, progress), losses.exponent(cfg, following)
     pre_BF = dictionary.pre_activations(params, y_BHD, cfg)
     n_F = dictionary.code_weights(params, cfg)
     on_BF = jax.nn.relu(dictionary.gated(params, pre_BF)[1] if cfg.activation == "gated" else pre_BF) * n_F[None]
-    ratio = losses.power_sum(on_BF, now) / jnp.maximum(losses.power_sum(on_BF, then), 1e-20)
+    before, after = (losses.power_sum(on_BF, p, losses.shares(cfg)) for p in (now, then))
+    ratio = before / jnp.maximum(after, 1e-20)
     return jnp.where(then < now, p_weight * ratio, p_weight)
 
 

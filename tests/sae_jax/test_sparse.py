@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,6 +91,81 @@ def test_batch_largest_in_a_bank_with_a_k_each():
     k_G = np.array([1, 3, 2, 8], np.int32)
     keep_GBF = jax.jit(jax.vmap(sparse.batch_largest))(x_GBF, k_G)
     np.testing.assert_array_equal(keep_GBF, [by_sorting(x, k) for x, k in zip(x_GBF, k_G, strict=True)])
+
+
+# --- the largest of a batch over heads ---
+
+
+over_heads = jax.jit(sparse.largest_over_heads, static_argnums=3)
+SMALLEST = np.array(1, np.int32).view(np.float32)
+
+
+def by_sorting_heads(pre_BF, norm_HF, k):
+    """The (k B H)-th largest of all products, or the smallest positive float."""
+    wanted = k * len(pre_BF) * len(norm_HF)
+    ranked = -np.sort(-(np.maximum(pre_BF, 0)[:, None] * norm_HF[None]).ravel())
+    return np.maximum(ranked[wanted - 1], SMALLEST) if wanted <= ranked.size else SMALLEST
+
+
+@pytest.mark.parametrize("norms", ["uniform", "integers", "equal", "one head", "none in half"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_largest_over_heads_is_a_sort(kind, norms):
+    """Bit for bit with ties, few positive values, k traced, and k_max below (candidates alone) and above F / H."""
+    H = 3
+    for seed in range(3):
+        pre_BF, rng = rows(kind, 6, 20, seed), np.random.default_rng(seed + 9)
+        norm_HF = {
+            "uniform": rng.uniform(0, 2, (H, 20)),
+            "integers": rng.integers(0, 3, (H, 20)),
+            "equal": np.ones((H, 20)),
+            "one head": rng.uniform(0.5, 1, (H, 20)) * (np.arange(H) == 1)[:, None],
+            "none in half": rng.uniform(0, 2, (H, 20)) * (rng.random((H, 20)) < 0.5),
+        }[norms].astype(np.float32)
+        for k_max in (2, 6, 20):
+            for k in (1, 2, 5, 20):
+                if k <= k_max:
+                    level = np.asarray(over_heads(pre_BF, norm_HF, jnp.int32(k), k_max))
+                    np.testing.assert_array_equal(
+                        level.view(np.int32), by_sorting_heads(pre_BF, norm_HF, k).view(np.int32)
+                    )
+
+
+def test_largest_over_heads_where_most_candidates_tie():
+    """More entries at the level t of the first search than the candidates have room for, and one above."""
+    pre_BF, norm_HF = np.ones((4, 40), np.float32), np.ones((2, 40), np.float32)
+    pre_BF[3, 39] = 5.0
+    assert [float(over_heads(pre_BF, norm_HF, k, 2)) for k in (1, 2)] == [1.0, 1.0]
+    norm_HF[1] = 0.5
+    assert float(over_heads(pre_BF, norm_HF, 2, 2)) == 1.0
+    assert float(over_heads(pre_BF[:, 35:], norm_HF[:, 35:], 3, 3)) == 0.5
+
+
+def test_largest_over_heads_in_a_bank_with_a_k_each_and_no_gradient():
+    pre_GBF = np.stack([rows(kind, 5, 24) for kind in ("integers", "normal", "masked", "equal")])
+    norm_GHF = np.random.default_rng(1).uniform(0, 2, (4, 3, 24)).astype(np.float32)
+    k_G = np.array([1, 3, 2, 3], np.int32)
+    level_G = jax.jit(jax.vmap(lambda *each: sparse.largest_over_heads(*each, 3)))(pre_GBF, norm_GHF, k_G)
+    expected_G = [by_sorting_heads(*each) for each in zip(pre_GBF, norm_GHF, k_G, strict=True)]
+    np.testing.assert_array_equal(level_G, np.array(expected_G, np.float32))
+    slopes = jax.grad(lambda p, n: sparse.largest_over_heads(p, n, 2, 3), argnums=(0, 1))(pre_GBF[1], norm_GHF[1])
+    assert not any(np.asarray(slope).any() for slope in slopes)
+
+
+def test_largest_over_heads_makes_no_array_of_heads_rows_and_latents():
+    """Whatever k is: nothing that is computed is larger than [B, F]."""
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (v.aval.size for v in equation.outvars)
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    B, F, H = 8, 64, 16
+    for k in (1, 3, 64):
+        traced = jax.make_jaxpr(lambda p, n, k=k: sparse.largest_over_heads(p, n, k, k))(
+            jnp.ones((B, F)), jnp.ones((H, F))
+        )
+        assert max(sizes(traced.jaxpr)) <= max(B * F, H * F)
 
 
 # --- products ---

@@ -1,7 +1,7 @@
 """How features are born, turn and die in pre-training (arXiv 2509.17196): one crosscoder over many snapshots.
 
     python -m experiments.evolution                                                    a demo on generated text
-    python -m experiments.evolution --preset small --corpus FOLDER                     pre-train on real text, then study
+    python -m experiments.evolution --preset small --corpus FOLDER                     the same on real text
     python -m experiments.evolution --preset small --corpus FOLDER --snapshots-from RUN/.../snapshots
 
 Read from top to bottom: settings, text and snapshots, crosscoders, what the held-out text says about them, n-grams and
@@ -68,8 +68,8 @@ class EvolutionConfig(apt.PretrainConfig):
     """Every setting that can change a result. What the paper leaves open is marked (ours)."""
 
     objective: str = option("causal", "`causal`: next token; `masked`: BERT", "model", choices=("causal", "masked"))
-    snapshots_from: str = option("", "a folder of snapshots step_N of one model (checkpoints of ours); empty: pre-train "
-                                 "here", "data")  # fmt: skip
+    snapshots_from: str = option("", "a folder of snapshots step_N of one model (checkpoints of ours); empty: "
+                                 "pre-train here", "data")  # fmt: skip
     task: tuple[str, ...] = option(
         ("agreement", "induction"), "tasks for attribution: agreement, induction, indirect-object (generated) or files "
         "of feature-circuits, BLiMP, IOI; several with commas", "data",
@@ -88,7 +88,10 @@ class EvolutionConfig(apt.PretrainConfig):
     crosscoder_batch: int = option(1_024, "tokens of a step", "crosscoder", min=1)
     crosscoder_steps: int = option(4_000, "steps", "crosscoder", min=1)
     crosscoder_seeds: int = option(2, "starts; the second is a control", "crosscoder", min=1)
-    buffer: int = option(32_768, "tokens of the shuffled buffer on the device", "crosscoder", min=1)
+    harvest: str = option("stream", "`stream`: harvested while training; `once`: --buffer tokens, again and again; "
+                          "`disk`: --buffer tokens, one snapshot in memory at a time", "crosscoder",
+                          choices=("stream", "once", "disk"))  # fmt: skip
+    buffer: int = option(32_768, "tokens that are held (stream: of the shuffled buffer)", "crosscoder", min=1)
     dead_after: int = option(500_000, "tokens without firing that make a latent dead", "crosscoder", min=1)
     baselines: bool = option(True, "also one dictionary a snapshot, PCA, and a crosscoder of every second snapshot",
                              "controls")  # fmt: skip
@@ -139,15 +142,16 @@ class EvolutionConfig(apt.PretrainConfig):
 PRESETS = {
     "demo": EvolutionConfig(
         documents=5_000, vocab_size=600, subset_sizes=(5_800,), held_out=400, length=40, blocks=4, width=64, heads=4,
-        mlp_width=256, dropout=0.0, epochs=8, batch=64, lr=3e-3, schedule="warmup_linear", warmup=0.05, b2=0.98,
-        slots=12, dispatch=10, checkpoint_every=2_000, latents=384, k=8, crosscoder_lr=3e-3, crosscoder_batch=512,
-        crosscoder_steps=800, buffer=16_384, dead_after=50_000, read_rows=400, probe_tokens=3_000, pairs=120,
-        top_k=(1, 2, 5, 10, 20, 50), browser_latents=120,
+        mlp_width=256, dropout=0.0, epochs=5, batch=64, lr=4e-3, schedule="warmup_linear", warmup=0.05, b2=0.98,
+        slots=12, dispatch=10, checkpoint_every=2_000, harvest="once", latents=384, k=8, crosscoder_lr=3e-3,
+        crosscoder_batch=512, crosscoder_steps=600, ig_steps=20, buffer=32_768, dead_after=50_000, read_rows=400,
+        probe_tokens=3_000, pairs=120, top_k=(1, 2, 5, 10, 20, 50), browser_latents=120,
     ),
     "small": EvolutionConfig(
         corpus="", vocab_size=8_000, subset_sizes=(13_000,), held_out=1_247, window="all", length=128, blocks=4,
         width=128, heads=4, mlp_width=512, dropout=0.0, epochs=2, batch=16, lr=2e-3, schedule="warmup_linear",
-        warmup=0.05, b2=0.98, snapshots=12, checkpoint_every=250, control_warmup=0.0, task=("",),
+        warmup=0.05, b2=0.98, snapshots=12, checkpoint_every=250, control_warmup=0.0, task=("",), harvest="once",
+        latents=1_024, crosscoder_steps=1_500, buffer=131_072, dead_after=200_000, read_rows=1_000, contexts=5,
     ),
     "paper": EvolutionConfig(
         corpus="", subset_sizes=(90_000,), window="all", length=1_024, blocks=12, width=768, heads=12, mlp_width=3_072,
@@ -205,6 +209,21 @@ class Base(NamedTuple):
     arms: list[Arm]
     depth: int
     name: str
+
+    @property
+    def site(self) -> tuple[activations.Site, TransformerConfig]:
+        """The site that crosscoders read, and the model up to there: blocks behind it need not run."""
+        return ("resid", self.depth), dataclasses.replace(self.model, blocks=max(self.depth, 1))
+
+    def trunk(self, params: Any) -> Any:
+        """The parameters of that part of a model."""
+        trunk = trunk_of(params)
+        return trunk | {"blocks": jax.tree.map(lambda leaf: leaf[: max(self.depth, 1)], trunk["blocks"])}
+
+    def harvest(self, params_X: Any, batch: Any) -> jax.Array:
+        """Activations `[B, T, X, D]` of X models' `trunk`s."""
+        site, model = self.site
+        return activations.harvest_models(params_X, batch, model, (site,))
 
 
 def read_snapshots(folder: Path, steps: Sequence[int], tokenizer_sha: str | None) -> tuple[list, tuple, Any]:
@@ -329,21 +348,45 @@ def check_rows(cfg: EvolutionConfig, base: Base) -> None:
         )
 
 
-def train_crosscoders(run: Run, cfg: EvolutionConfig, base: Base) -> Trained:
-    """All of them read one stream: every snapshot of every arm on the same tokens, harvested once."""
-    windows, H, A = base.corpus.training[max(cfg.subset_sizes)], len(base.steps), len(base.arms)
+def harvest(run: Run, cfg: EvolutionConfig, base: Base):
+    """What a train step reads: (state of the inputs, frozen arrays, inputs, batch_at), and some training tokens
+    `[N, S, D]` to look at. Sites are all snapshots of all arms, side by side on the same tokens."""
+    windows, (name, model) = base.corpus.training[max(cfg.subset_sizes)], base.site
     stream = Stream(
-        base.model, (("resid", base.depth),), rows=ROWS, batch=cfg.crosscoder_batch, capacity=cfg.buffer,
-        exclude=specials(base),
+        model, (name,), rows=ROWS, batch=cfg.crosscoder_batch, capacity=cfg.buffer, exclude=specials(base)
     )  # fmt: skip
     order = np.random.default_rng(cfg.seed).permutation(windows.num_rows)
-    # as many rows as the steps can read, and no more: the whole text need not lie on the device
-    order = order[: max(ROWS, -(-cfg.crosscoder_steps * cfg.crosscoder_batch * 2 // cfg.length))]
-    batch = windows.batch(order)
-    tokens = activations.token_rows(batch["ids"], batch["segment"], np.arange(len(order)))
-    params_X = dictionaries.stack([trunk_of(params) for arm in base.arms for params in arm.params])
+    # as many rows as can be read, and no more: the whole text need not lie on the device
+    wanted = cfg.crosscoder_steps * cfg.crosscoder_batch * 2 if cfg.harvest == "stream" else cfg.buffer * 2
+    batch = windows.batch(order[: max(ROWS, -(-wanted // cfg.length))])
+    if cfg.harvest == "disk":
+        parts = []
+        for a, arm in enumerate(base.arms):
+            for step, params in zip(base.steps, arm.params, strict=True):
+                folder = run.out / "checkpoints" / "activations" / f"arm{a}-step{step}"
+                run.say(f"harvest {arm.name}, step {step:,}")
+                shards = activations.write_shards(
+                    folder, dictionaries.stack([base.trunk(params)]), model, (name,), batch["ids"], batch["segment"],
+                    description={"arm": arm.name, "step": step}, rows=ROWS, exclude=specials(base),
+                )  # fmt: skip
+                parts.append(shards)
+        joined = activations.join_shards(parts)
+        at = np.random.default_rng(cfg.seed).permutation(joined.num_rows)[: min(joined.num_rows, 16_384)]
+        return {}, None, activations.given, joined.batch_at(cfg.seed, cfg.crosscoder_batch), joined.rows(np.sort(at))
+    params_X = dictionaries.stack([base.trunk(params) for arm in base.arms for params in arm.params])
+    tokens = activations.token_rows(batch["ids"], batch["segment"], np.arange(len(batch["ids"])))
     source, frozen = activations.open_stream(stream, params_X, tokens, cfg.seed)
-    x_NSD = source["x"][: min(int(source["count"]), 16_384)]
+    x_NSD = source["x"][: int(source["count"])]
+    if cfg.harvest == "stream":
+        return source, frozen, streaming(stream), activations.no_batch, x_NSD[:16_384]
+    rows_at = activations.row_batches(cfg.seed, len(x_NSD), cfg.crosscoder_batch)
+    return {}, {"x": x_NSD}, activations.resident, rows_at, x_NSD[:16_384]
+
+
+def train_crosscoders(run: Run, cfg: EvolutionConfig, base: Base) -> Trained:
+    """All of them read the same rows: every snapshot of every arm on the same tokens."""
+    H, A = len(base.steps), len(base.arms)
+    source, frozen, inputs, batch_at, x_NSD = harvest(run, cfg, base)
     cross_cfg, train_cfg = cfg.crosscoder(base.model.width, H), cfg.training()
     hyper = Hyper(lr=cfg.crosscoder_lr, k=cfg.k, sparsity=cfg.sparsity)
 
@@ -368,7 +411,7 @@ def train_crosscoders(run: Run, cfg: EvolutionConfig, base: Base) -> Trained:
             sites=sites_GH, source=source,
         )  # fmt: skip
         return fit_bank(
-            run, path, state, dict_cfg, train_cfg, streaming(stream), activations.no_batch, frozen, stage=name,
+            run, path, state, dict_cfg, train_cfg, inputs, batch_at, frozen, stage=name,
             label=f"{len(sites_GH)} x {name}, {dict_cfg.heads} snapshot(s)", checkpoint_every=1_000,
             extra={"members": about, "steps": list(base.steps), "depth": base.depth},
         )  # fmt: skip
@@ -416,14 +459,14 @@ def read_crosscoder(run: Run, cfg: EvolutionConfig, base: Base, trained: Trained
     windows, dict_cfg = base.corpus.held_out, trained.cfg
     rows = held_out_rows(cfg, windows)
     tree = member_of(trained.tree, 0)
-    params_X = dictionaries.stack([trunk_of(params) for params in base.arms[0].params])
+    params_X = dictionaries.stack([base.trunk(params) for params in base.arms[0].params])
     path = evolution.trajectories(tree["params"]["W_dec"], tree["norm"]["scale"])
     peak_F = evolution.peak_snapshot(path.norm_HF)
     W_HFD, b_HD, exclude = tree["params"]["W_dec"], tree["params"]["b_dec"], specials(base)
 
     @jax.jit
     def look(params_X, batch):
-        x_RTHD = activations.harvest_models(params_X, batch, base.model, (("resid", base.depth),))
+        x_RTHD = base.harvest(params_X, batch)
         mask_RT = activations.token_mask(batch, exclude)
         R, T = mask_RT.shape
         x_YHD, mask_Y = x_RTHD.reshape(R * T, H, D), mask_RT.reshape(-1)
@@ -479,14 +522,14 @@ def read_crosscoder(run: Run, cfg: EvolutionConfig, base: Base, trained: Trained
 
 def held_out_tokens(cfg: EvolutionConfig, base: Base, arm: int) -> np.ndarray:
     """Raw activations of held-out tokens, `[N, H, D]`, N up to `probe_tokens`."""
-    params_X = dictionaries.stack([trunk_of(params) for params in base.arms[arm].params])
-    harvest = jax.jit(partial(activations.harvest_models, cfg=base.model, sites=(("resid", base.depth),)))
+    params_X = dictionaries.stack([base.trunk(params) for params in base.arms[arm].params])
+    run_models = jax.jit(base.harvest)
     windows, found, count = base.corpus.held_out, [], 0
     rows = held_out_rows(cfg, windows)
     for begin in range(0, len(rows), ROWS):
         batch = filled(windows, rows, begin)
         mask_RT = np.asarray(activations.token_mask(batch, specials(base)))
-        found.append(np.asarray(harvest(params_X, {name: batch[name] for name in ("ids", "segment")}))[mask_RT])
+        found.append(np.asarray(run_models(params_X, {name: batch[name] for name in ("ids", "segment")}))[mask_RT])
         count += len(found[-1])
         if count >= cfg.probe_tokens:
             break
@@ -585,7 +628,7 @@ def compare_baselines(cfg: EvolutionConfig, base: Base, trained: Trained) -> dic
     test = {arm: held_out_tokens(cfg, base, arm) for arm in sorted(set(arm_of))}
     x_NHD = test[0]
     run_one = jax.jit(dictionary.reconstruct, static_argnums=2)
-    found: dict[str, list] = {"members": [], "l0": []}
+    found: dict[str, list] = {"members": [], "l0": [], "fires": []}
 
     def l0_of(tree, dict_cfg, z_NF):
         heads = range(dict_cfg.heads)
@@ -596,6 +639,7 @@ def compare_baselines(cfg: EvolutionConfig, base: Base, trained: Trained) -> dic
         xhat, z_NF = run_one(tree, test[arm], trained.cfg)
         found["members"].append(explained(test[arm], np.asarray(xhat)))
         found["l0"].append(l0_of(tree, trained.cfg, z_NF))
+        found["fires"].append(np.asarray((z_NF != 0).any(0)))
     out = {name: np.array(value) for name, value in found.items()}
 
     sample, mean_HD = trained.sample_NHD.astype(np.float64), trained.sample_NHD.mean(0, dtype=np.float64)
@@ -629,6 +673,7 @@ def compare_baselines(cfg: EvolutionConfig, base: Base, trained: Trained) -> dic
         tree, seen = member_of(half, 0), trained.half_H
         z_test, z_fit = (np.asarray(run_one(tree, jnp.asarray(x[:, seen], jnp.float32), half_cfg)[1], np.float64)
                          for x in (x_NHD, sample))  # fmt: skip
+        out["half_fires"] = (z_test != 0).any(0)
         full = member_of(trained.tree, 0)
         w_test, w_fit = (np.asarray(run_one(full, jnp.asarray(x, jnp.float32), trained.cfg)[1], np.float64)
                          for x in (x_NHD, sample))  # fmt: skip
@@ -678,17 +723,20 @@ def path_of(tree, steps: Sequence[int], seed: int = 0) -> tuple[evolution.Trajec
     return path, Path_(path.norm_HF, path.strength_HF, path.rotation_IF, use, *turns, birth_F)
 
 
-def agreement_of(a_HFD: np.ndarray, b_HFD: np.ndarray, birth_a, birth_b, steps, least: float = 0.7) -> dict[str, float]:
-    """Two crosscoders of the same snapshots: share of latents that match one to one, by the cosine of decoders laid end
-    to end, and how far apart (in snapshots and in doublings) the births of the matched ones are."""
+def agreement_of(
+    a_HFD: np.ndarray, b_HFD: np.ndarray, alive_a, alive_b, birth_a, birth_b, steps, least: float = 0.7
+) -> dict[str, float]:
+    """Two crosscoders of the same snapshots: share of the second one's latents that fire and match one of the first,
+    one to one, by the cosine of decoders laid end to end; and how far apart (in snapshots and in doublings) the births
+    of the matched ones are."""
     laid = [np.moveaxis(np.asarray(v), 0, 1).reshape(v.shape[1], -1) for v in (a_HFD, b_HFD)]
-    matching = evaluate.match(*laid)
+    matching = evaluate.match(*laid, alive_F=alive_a, alive_E=alive_b)
     good = np.flatnonzero(np.nan_to_num(matching.similarity_E) >= least)
     if not len(good):
         return {"matched": 0.0, "birth_near": float("nan"), "birth_doublings": float("nan")}
     a, b = birth_a[matching.index_E[good]], birth_b[good]
     log = np.log2(1.0 + np.asarray(steps, np.float64))
-    return {"matched": len(good) / len(laid[1]), "birth_near": float((np.abs(a - b) <= 1).mean()),
+    return {"matched": len(good) / int(alive_b.sum()), "birth_near": float((np.abs(a - b) <= 1).mean()),
             "birth_doublings": float(np.median(np.abs(log[a] - log[b])))}  # fmt: skip
 
 
@@ -895,7 +943,13 @@ def study(run: Run, cfg: EvolutionConfig, base: Base) -> Study:
     controls = {}
     for g in range(1, len(trained.members)):
         controls[trained.members[g][0]] = agreement_of(
-            W_HFD, trained.tree["params"]["W_dec"][g], paths[0][1].birth_F, paths[g][1].birth_F, base.steps
+            W_HFD,
+            trained.tree["params"]["W_dec"][g],
+            baselines["fires"][0],
+            baselines["fires"][g],
+            paths[0][1].birth_F,
+            paths[g][1].birth_F,
+            base.steps,
         )
     if trained.half is not None:
         half_W = trained.half[1]["params"]["W_dec"][0]
@@ -903,7 +957,13 @@ def study(run: Run, cfg: EvolutionConfig, base: Base) -> Study:
         # births on the coarse grid are compared with the fine ones seen through it
         fine_birth = np.argmax(paths[0][1].strength_HF[trained.half_H] > 0.5, axis=0)
         controls["every second snapshot"] = agreement_of(
-            W_HFD[trained.half_H], half_W, fine_birth, half_path.birth_F, [base.steps[h] for h in trained.half_H]
+            W_HFD[trained.half_H],
+            half_W,
+            baselines["fires"][0],
+            baselines["half_fires"],
+            fine_birth,
+            half_path.birth_F,
+            [base.steps[h] for h in trained.half_H],
         )
     return Study(found, training, baselines, attributed, tasks, path, [p for _, p in paths], life, share_H, shift,
                  measures, complexity, controls)  # fmt: skip
@@ -933,13 +993,14 @@ def judge(cfg: EvolutionConfig, base: Base, s: Study) -> list[Claim]:
         "between the minima of KL(n-gram || model), a value a seed)", "> 0",
         claims.greater_than(bi.argmin(1) - uni.argmin(1), 0.0))  # fmt: skip
     away = s.training["kl_model_bigram"][:S, -1] - s.training["kl_model_bigram"][:S].min(1)
-    add("beyond-bigrams", "two phases", "at the end the model is farther from bigrams than it was (KL(model || bigram), "
-        "last minus least)", "> 0", claims.greater_than(away, 0.0))  # fmt: skip
+    add("beyond-bigrams", "two phases", "at the end the model is farther from bigrams than it was (KL(model || "
+        "bigram), last minus least)", "> 0", claims.greater_than(away, 0.0))  # fmt: skip
     turn = s.paths[0].turn_log
     add("turning-point", "turning point", "latents turn most in one interval: rotation per doubling there over the "
         "median of the others", "> 2", claims.greater_than([turn.ratio], 2.0))  # fmt: skip
-    add("turning-located", "ours", "the bootstrap over latents puts the turning point in one interval or its neighbours "
-        "(width of the 95 % interval, intervals)", "<= 1", claims.less_than([turn.high - turn.low], 1.5))  # fmt: skip
+    add("turning-located", "ours", "the bootstrap over latents puts the turning point in one interval or its "
+        "neighbours (width of the 95 % interval, intervals)", "<= 1", claims.less_than([turn.high - turn.low], 1.5)
+        )  # fmt: skip
     lived_F = s.life.lifetime_F[~s.life.never_F]
     long_F = lived_F >= 0.6
     add("most-persist", "feature lifetimes", "most latents are active in 60 % of the snapshots or more (share of "
@@ -961,10 +1022,10 @@ def judge(cfg: EvolutionConfig, base: Base, s: Study) -> list[Claim]:
         "smaller of the falls from the first and the rise to the last snapshot", "> 0",
         claims.greater_than([min(s.share_H[0], s.share_H[-1]) - s.share_H[least]], 0.0))  # fmt: skip
     if "alone" in s.baselines:
-        gain = s.baselines["members"][: cfg.crosscoder_seeds, -1] - s.baselines["alone"][-1]
-        add("against-dictionaries", "comparison with dictionaries", "at the last snapshot the crosscoder explains more "
-            "variance than a dictionary of that snapshot alone at the same number of active latents", "> 0",
-            claims.greater_than(gain, 0.0))  # fmt: skip
+        gain = s.baselines["members"][: cfg.crosscoder_seeds].mean(1) - s.baselines["alone"].mean()
+        add("against-dictionaries", "comparison with dictionaries", "over all snapshots the crosscoder explains more "
+            "variance than dictionaries of one snapshot each, with the same mean number of active latents (a value a "
+            "start)", "> 0", claims.greater_than(gain, 0.0))  # fmt: skip
     if "held_out" in s.baselines:
         better = s.baselines["held_out"] - s.baselines["held_out_neighbour"]
         add("held-out-snapshots", "ours", "codes of a crosscoder that has not seen a snapshot predict it better than a "
@@ -1004,20 +1065,26 @@ def judge(cfg: EvolutionConfig, base: Base, s: Study) -> list[Claim]:
 # --- tables, figures, views ------------------------------------------------------------------------------------------
 
 
+CURVES = (
+    "loss", "entropy", "kl_model_unigram", "kl_unigram_model", "kl_model_bigram", "kl_bigram_model", "tv_unigram",
+    "tv_bigram", "apt",
+)  # fmt: skip
+
+
 def write_tables(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
     H, F = len(base.steps), cfg.latents
     t, b = s.training, s.baselines
     rows = []
     for a, arm in enumerate(base.arms):
         for h, step in enumerate(base.steps):
-            rows.append({"arm": arm.name, "step": step} | {name: float(t[name][a, h]) for name in (
-                "loss", "entropy", "kl_model_unigram", "kl_unigram_model", "kl_model_bigram", "kl_bigram_model",
-                "tv_unigram", "tv_bigram", "apt")} | {"clustered": float(t["clustered"][a, h] / max(t["kept"][a, h], 1)),
-                "apt_ids_kept": int(t["kept"][a, h])})  # fmt: skip
+            line = {"arm": arm.name, "step": step} | {name: float(t[name][a, h]) for name in CURVES}
+            line["clustered"] = float(t["clustered"][a, h] / max(t["kept"][a, h], 1))
+            rows.append(line | {"apt_ids_kept": int(t["kept"][a, h])})
     run.table("training", rows, "The model along training on held-out text, nats; entropies of the training text: "
-              f"unigram {float(t['entropy_unigram']):.3f}, bigram {float(t['entropy_bigram']):.3f}; n-gram models on the "
-              f"held-out text: {float(t['floor_unigram']):.3f}, {float(t['floor_bigram']):.3f}. apt: mean accuracy per "
-              "token; clustered: share of the ids that pass the filter in a cluster of strong matches.")  # fmt: skip
+              f"unigram {float(t['entropy_unigram']):.3f}, bigram {float(t['entropy_bigram']):.3f}; n-gram models on "
+              f"the held-out text: {float(t['floor_unigram']):.3f}, {float(t['floor_bigram']):.3f}. apt: mean accuracy "
+              "per token; clustered: share of the ids that pass the filter in a cluster of strong matches."
+            )  # fmt: skip
     curves, rows = s.life.curves, []
     for h, step in enumerate(base.steps):
         line = {"step": step, "ev": float(s.found["ev_global_H"][h]), "l0": float(s.found["rate_HF"][h].sum()),
@@ -1030,9 +1097,9 @@ def write_tables(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
                              ("mmd", s.shift.mmd_I)):  # fmt: skip
             line[f"{name}_to_next"] = float(values[h]) if h < H - 1 else None
         rows.append(line)
-    run.table("snapshots", rows, "The crosscoder at every snapshot, on held-out text: explained variance, active latents "
-              "of a token, decoder norms in normalised and raw units, share of the dimensions that features take, life "
-              "cycle counts, and how far latents turn until the next snapshot (1 - cosine).")  # fmt: skip
+    run.table("snapshots", rows, "The crosscoder at every snapshot, on held-out text: explained variance, active "
+              "latents of a token, decoder norms in normalised and raw units, share of the dimensions that features "
+              "take, life cycle counts, and how far latents turn until the next snapshot (1 - cosine).")  # fmt: skip
     rows = []
     born_F = emergence(s.life, s.paths[0], cfg)
     kinds = np.array(features.KINDS)[s.found["kind_kind_F"]]
@@ -1049,8 +1116,8 @@ def write_tables(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
             "complexity": float(c) if np.isfinite(c := s.found["kind_complexity_F"][f]) else None,
             "first_cosine_last": float(s.path.cosine_FHH[f, 0, -1]),
         })  # fmt: skip
-    run.table("latents", rows, "Every latent of the crosscoder: when it appears, peaks and settles, what kind it is, and "
-              "its complexity (0: the token tells when it fires; 1: no local context does).")  # fmt: skip
+    run.table("latents", rows, "Every latent of the crosscoder: when it appears, peaks and settles, what kind it is, "
+              "and its complexity (0: the token tells when it fires; 1: no local context does).")  # fmt: skip
     rows = []
     for kind in features.KINDS:
         use = kinds == kind
@@ -1059,8 +1126,8 @@ def write_tables(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
         rows.append({"kind": kind, "latents": int(use.sum()),
                      "median_first_active_step": float(np.exp2(np.median(steps)) - 1) if steps.size else None,
                      "lifetime": float(s.life.lifetime_F[use].mean()) if use.any() else None})  # fmt: skip
-    run.table("kinds", rows, "Kinds of latents (ours, see sae_jax.features), when their median appears and the share of "
-              "snapshots in which they are active.")  # fmt: skip
+    run.table("kinds", rows, "Kinds of latents (ours, see sae_jax.features), when their median appears and the share "
+              "of snapshots in which they are active.")  # fmt: skip
     rows = []
     for h, step in enumerate(base.steps):
         line = {"step": step, "crosscoder": float(b["members"][0, h]), "crosscoder_l0": float(b["l0"][0, h])}
@@ -1079,8 +1146,8 @@ def write_tables(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
               "held_out_seen: of one that has, held_out_neighbour: of the snapshot before.")  # fmt: skip
     rows = [{"crosscoder": name} | found for name, found in s.controls.items()]
     if rows:
-        run.table("controls", rows, "Other crosscoders against that of the study: share of their latents that match one "
-                  "to one with a cosine of 0.7 (decoders of all snapshots laid end to end; of other models this is "
+        run.table("controls", rows, "Other crosscoders against that of the study: share of their latents that match "
+                  "one to one with a cosine of 0.7 (decoders of all snapshots laid end to end; of other models this is "
                   "chance), share of these born within one snapshot, median distance of births in doublings of the "
                   "step.")  # fmt: skip
     rows = []
@@ -1093,10 +1160,13 @@ def write_tables(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
                          "over_median": float(turn.ratio), "cusum_step": base.steps[turn.cusum]})  # fmt: skip
     run.table("turning_points", rows, "Where latents turn most, with the 95 % bootstrap interval over latents.")
     m = s.measures
-    rows = [{"measure": a, "other": c, "pooled": float(m.pooled_XX[i, j]), "within_latents": float(m.within_XX[i, j]),
-             "latents": int(m.latents_XX[i, j])} for i, a in enumerate(m.names) for j, c in enumerate(m.names) if i < j]  # fmt: skip
-    run.table("presence", rows, "Spearman correlation of measures of presence: over all latents and snapshots, and along "
-              "training within latents (mean).")  # fmt: skip
+    rows = [
+        {"measure": m.names[i], "other": m.names[j], "pooled": float(m.pooled_XX[i, j]),
+         "within_latents": float(m.within_XX[i, j]), "latents": int(m.latents_XX[i, j])}
+        for i, j in zip(*np.triu_indices(len(m.names), 1), strict=True)
+    ]  # fmt: skip
+    run.table("presence", rows, "Spearman correlation of measures of presence: over all latents and snapshots, and "
+              "along training within latents (mean).")  # fmt: skip
     rows = []
     for task in s.tasks:
         for h, step in enumerate(base.steps):
@@ -1115,7 +1185,8 @@ def write_tables(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
         run.table("attribution", rows, "Tasks at every snapshot: logit difference of clean and patched pairs (half of "
                   "them; features are chosen on the other half, `right` and attributions are of that), attributions of "
                   "features and error node; share of the metric left without the k features of largest attribution "
-                  "(necessity) and with them alone (sufficiency), beside random ones of like norm and rate.")  # fmt: skip
+                  "(necessity) and with them alone (sufficiency), beside random ones of like norm and rate."
+                )  # fmt: skip
         rows = []
         for task in s.tasks:
             total_F, share_HF = np.abs(_of_task(s, task, "attribution_HF")[-1]), _of_task(s, task, "relative_HF")
@@ -1123,16 +1194,17 @@ def write_tables(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
                 rows.append({"task": task.name, "latent": int(f), "kind": str(kinds[f]),
                              "attribution_last": float(_of_task(s, task, "attribution_HF")[-1, f]),
                              "patching_last": float(_of_task(s, task, "patching_HF")[-1, f])}
-                            | {f"relative_{step}": float(share_HF[h, f]) for h, step in enumerate(base.steps)})  # fmt: skip
-        run.table("task_features", rows, "Features with the largest attribution at the last snapshot; relative_N: share "
-                  "of a feature's attribution that falls on the snapshot of step N.")  # fmt: skip
+                            | {f"relative_{n}": float(share_HF[h, f]) for h, n in enumerate(base.steps)})  # fmt: skip
+        run.table("task_features", rows, "Features with the largest attribution at the last snapshot; relative_N: "
+                  "share of a feature's attribution that falls on the snapshot of step N.")  # fmt: skip
     if "cost_XX" in s.attributed:
         names = [task.name for task in s.tasks]
         rows = [{"features_of": a} | {f"cost_{c}": float(s.attributed["cost_XX"][i, j]) for j, c in enumerate(names)}
                 | {"specificity": float(s.attributed["specificity_X"][i]) if "specificity_X" in s.attributed else None}
                 for i, a in enumerate(names)]  # fmt: skip
-        run.table("specificity", rows, f"Share of each task's metric that is lost without the {int(s.attributed['cost_k'])} "
-                  "features of a task, last snapshot; specificity 1: the task alone is hit.")  # fmt: skip
+        run.table("specificity", rows, "Share of each task's metric that is lost without the "
+                  f"{int(s.attributed['cost_k'])} features of a task, last snapshot; specificity 1: the task alone is "
+                  "hit.")  # fmt: skip
 
 
 def _of_task(s: Study, task: Task, name: str) -> np.ndarray:
@@ -1165,9 +1237,10 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
     axes[1].set_yticks(x[:: -(-H // 12)], names[:: -(-H // 12)])
     for ax in axes:
         on_steps(ax)
-    run.figure("trajectories", fig, alt="Heat maps of decoder norms of all latents over snapshots, and of the cosine of "
-               "decoders between snapshots", caption="Left: decoder norm of every latent that fires, over its maximum. "
-               "Right: cosine of the same latent's decoders at two snapshots, mean weighted by norms.")  # fmt: skip
+    run.figure("trajectories", fig, alt="Heat maps of decoder norms of all latents over snapshots, and of the cosine "
+               "of decoders between snapshots", caption="Left: decoder norm of every latent that fires, over its "
+               "maximum. Right: cosine of the same latent's decoders at two snapshots, mean weighted by norms."
+             )  # fmt: skip
 
     t = s.training
     fig, axes = figures.new(2, 2, height=6.4)
@@ -1179,11 +1252,13 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
     ax.set(ylabel="nats a token", title="Loss on held-out text")
     ax.legend()
     ax = axes[0, 1]
-    for name, label in (("kl_model_unigram", "KL(model || unigram)"), ("kl_unigram_model", "KL(unigram || model)"),
-                        ("kl_model_bigram", "KL(model || bigram)"), ("kl_bigram_model", "KL(bigram || model)")):  # fmt: skip
-        figures.line(ax, x, t[name][0], label=label)
-    ax.set(ylabel="nats", title=f"Distance from n-grams, {figures.plain(base.arms[0].name)}", ylim=(0, None))
-    ax.legend()
+    for name in ("model_unigram", "unigram_model", "model_bigram", "bigram_model"):
+        label = f"KL({name.replace('_', ' || ')})"
+        figures.line(ax, x, t[f"kl_{name}"][0], label=label)
+    top = max(float(t[name][0].max()) for name in t if name.startswith("kl_"))
+    title = f"Distance from n-grams, {figures.plain(base.arms[0].name)}"
+    ax.set(ylabel="nats", title=title, ylim=(0, 1.45 * top))
+    ax.legend(ncols=2, fontsize=7, loc="upper left")
     ax = axes[1, 0]
     curves = s.life.curves
     for values, label in ((curves.active_H, "alive"), (np.cumsum(curves.new_H), "appeared so far"),
@@ -1200,8 +1275,8 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
     for ax in axes.flat:
         on_steps(ax, ax in axes[1])
     run.figure("phases", fig, alt="Loss, divergences from n-grams, counts of features and accuracy per token along "
-               "training", caption="Two phases on one time axis: loss and distance from n-grams (top), features that are "
-               "alive, have appeared and have gone, accuracy per token and the dimensions that features take (bottom)."
+               "training", caption="Two phases on one time axis: loss and distance from n-grams (top), features that "
+               "are alive, have appeared and have gone, accuracy per token and the dimensions they take (bottom)."
                )  # fmt: skip
 
     fig, axes = figures.new(1, 2, height=3.8)
@@ -1215,8 +1290,8 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
         on_steps(ax)
     below(fig, axes[0])
     run.figure("turning", fig, alt="Mean rotation of decoders between consecutive snapshots",
-               caption="How far latents turn, mean over those with a tenth of their largest norm at both ends, for other "
-               "starts of the crosscoder and other pre-trainings.")  # fmt: skip
+               caption="How far latents turn, mean over those with a tenth of their largest norm at both ends, for "
+               "other starts of the crosscoder and other pre-trainings.")  # fmt: skip
 
     fig, axes = figures.new(1, 2, height=3.8)
     grade_F, complex_F = s.found["kind_grade_F"], s.found["kind_complexity_F"]
@@ -1243,9 +1318,10 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
     axes[1].set(ylabel="alive latents", title="Kinds")
     on_steps(axes[1])
     below(fig, axes[1], 4)
-    run.figure("complexity", fig, alt="Complexity of latents against the step they appear at, and kinds of alive latents "
-               "along training", caption="Left: each latent's complexity (0: its token tells when it fires, 1: no local "
-               "context does) against its first activity. Right: kinds of the latents that are alive.")  # fmt: skip
+    run.figure("complexity", fig, alt="Complexity of latents against the step they appear at, and kinds of alive "
+               "latents along training", caption="Left: each latent's complexity (0: its token tells when it fires, 1: "
+               "no local context does) against its first activity. Right: kinds of the latents that are alive."
+             )  # fmt: skip
     assert grade_F.shape == complex_F.shape
 
     b = s.baselines
@@ -1268,8 +1344,8 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
     below(fig, axes[0], 3)
     run.figure("baselines", fig, alt="Explained variance of the crosscoder and its baselines at every snapshot, and "
                "correlations of measures of presence", caption="Left: explained variance; crosses: snapshots predicted "
-               "linearly from the codes of a crosscoder that has not seen them. Right: do a latent's norm, its presence "
-               "by latent scaling, its firing rate and its probe move together along training?")  # fmt: skip
+               "linearly from the codes of a crosscoder that has not seen them. Right: do a latent's norm, its "
+               "presence by latent scaling, its firing rate and its probe move together along training?")  # fmt: skip
 
     if s.tasks:
         fig, axes = figures.new(3, len(s.tasks), height=8.4, squeeze=False)
@@ -1295,8 +1371,8 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
             k_X = np.array(cfg.top_k)
             figures.line(ax, k_X, get("necessity_HX")[-1], label="without them")
             figures.line(ax, k_X, get("sufficiency_HX")[-1], label="with them alone")
-            for name, label, colour in (("random_necessity_RHX", "without random ones", figures.PALETTE[0]),
-                                        ("random_sufficiency_RHX", "with random ones alone", figures.PALETTE[1])):  # fmt: skip
+            drawn = {"random_necessity_RHX": "without random ones", "random_sufficiency_RHX": "with random ones alone"}
+            for (name, label), colour in zip(drawn.items(), figures.PALETTE, strict=False):
                 figures.line(ax, k_X, get(name)[:, -1].mean(0), label=label, color=colour, linestyle=":")
             ax.set(xscale="log", xlabel="features", ylabel="share of the metric", title="Last snapshot")
         axes[0, 0].legend()
@@ -1305,20 +1381,21 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
                    "sufficiency of the largest", caption="Top: logit difference of each task and what integrated "
                    "gradients attribute to features and to the error node. Middle: the 20 latents of largest "
                    "attribution. Bottom: share of the metric that is left without, or with only, the features of "
-                   "largest attribution (chosen on other pairs), and of random ones of like norm and rate.")  # fmt: skip
+                   "largest attribution (chosen on other pairs), and of random ones of like norm and rate."
+                 )  # fmt: skip
 
 
 def views(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
     """Top contexts at the first, the turning and the last snapshot, in the feature browser."""
     H, tree = len(base.steps), member_of(finished_bank_of(run, cfg, base), 0)
     windows, rows, strings = base.corpus.held_out, s.found["rows"], base.corpus.tokenizer.tokens
-    params_X = dictionaries.stack([trunk_of(params) for params in base.arms[0].params])
+    params_X = dictionaries.stack([base.trunk(params) for params in base.arms[0].params])
     dict_cfg = cfg.crosscoder(base.model.width, H)
     batch = windows.batch(rows)
 
     @jax.jit
     def codes(params_X, batch, h):
-        x_RTHD = activations.harvest_models(params_X, batch, base.model, (("resid", base.depth),))
+        x_RTHD = base.harvest(params_X, batch)
         R, T = batch["ids"].shape
         z_YF = dictionary.encode(tree, x_RTHD.reshape(R * T, H, -1), dict_cfg)
         f_RTF = dictionary.at_head(tree, z_YF, dict_cfg, h).reshape(R, T, -1)
@@ -1346,9 +1423,9 @@ def views(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
                                   status=f"strength {now:.0%}", matched=f, cosine=last))  # fmt: skip
         against = None if h == H - 1 else f"step {base.steps[-1]:,}"
         groups.append(Group(f"step {base.steps[h]:,}", listed, against))
-    run.browser("latents", groups, "Latents of the crosscoder at the first snapshot, after the turning point and at the "
-                "last one: where they fire most, their kind, their strength there, and the cosine of their direction "
-                "with the last snapshot's.")  # fmt: skip
+    run.browser("latents", groups, "Latents of the crosscoder at the first snapshot, after the turning point and at "
+                "the last one: where they fire most, their kind, their strength there, and the cosine of their "
+                "direction with the last snapshot's.")  # fmt: skip
 
 
 def finished_bank_of(run: Run, cfg: EvolutionConfig, base: Base) -> dictionary.Dictionary:
@@ -1392,8 +1469,8 @@ if __name__ == "__main__":
             EvolutionConfig,
             PRESETS,
             run_evolution,
-            "Crosscoders over the snapshots of a pre-training run: when features appear, turn and go, and which carry a "
-            "task (arXiv 2509.17196).",
+            "Crosscoders over the snapshots of a pre-training run: when features appear, turn and go, and which carry "
+            "a task (arXiv 2509.17196).",
             [
                 "python -m experiments.evolution",
                 "python -m experiments.evolution --objective masked --out runs/evolution-bert",

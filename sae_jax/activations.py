@@ -378,6 +378,44 @@ class Shards(NamedTuple):
         return lambda step: {"x": self.rows(row_at(step)["row"])}
 
 
+class Joined(NamedTuple):
+    """Shards of several models on the same tokens, as one set of rows with the sites of all: made by `join_shards`."""
+
+    parts: tuple[Shards, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return self.parts[0].num_rows
+
+    def rows(self, row_B: np.ndarray) -> np.ndarray:
+        """Activations of rows, float32 `[B, S, D]`."""
+        return np.concatenate([part.rows(row_B) for part in self.parts], axis=1)
+
+    batch_at = Shards.batch_at
+
+
+def join_shards(parts: Sequence[Shards]) -> Joined:
+    """Snapshots that were harvested one at a time, so that only one model need fit in memory; row r is one token.
+
+    Raises:
+      InputError: shards of other text, mask or rows than the first's, naming what differs.
+    """
+    if not parts:
+        raise InputError("no shards to join; give those of at least one model")
+    first = parts[0]
+    for number, part in enumerate(parts[1:], 1):
+        for name in ("text", "exclude", "first", "token_rows"):
+            if part.manifest[name] != first.manifest[name]:
+                raise InputError(
+                    f"shards 0 and {number} are not of the same tokens ({name} differs); harvest them again"
+                )
+        rows = [np.concatenate([np.asarray(token) for token in shards.token]) for shards in (first, part)]
+        if rows[0].shape != rows[1].shape or (rows[0] != rows[1]).any():
+            at = int(np.argmax((rows[0] != rows[1]).any(1))) if rows[0].shape == rows[1].shape else min(map(len, rows))
+            raise InputError(f"shards 0 and {number} are misaligned from row {at} on; remove both and harvest again")
+    return Joined(tuple(parts))
+
+
 def open_shards(folder: str | Path) -> Shards:
     """Shards that `write_shards` finished.
 

@@ -78,6 +78,8 @@ class DictionaryConfig:
             raise InputError("nested prefixes are for relu, topk, batch_topk and jumprelu dictionaries, not for gated")
         if self.gate == "per_head" and (self.activation not in ("jumprelu", "batch_topk") or self.prefixes):
             raise InputError("a gate per head is for jumprelu and batch_topk dictionaries without nested prefixes")
+        if self.gate == "per_head" and self.decoder == "unit" and self.heads > 1:
+            raise InputError("a gate per head reads the decoder's norms, which decoder unit sets to 1; set it to free")
         if self.gate == "per_head" and self.gate_norm != "none":
             raise InputError(
                 f"gate_norm {self.gate_norm} is for a shared gate; a gate per head reads its own head's norm"

@@ -212,7 +212,7 @@ PLANTED: dict[str, tuple[dict, tuple[float, ...]]] = {
     "batch_topk_l1": (dict(activation="batch_topk", gate_norm="l1", k=6), (2, 3, 4, 6)),
     "batch_topk_head": (dict(activation="batch_topk", gate="per_head", k=4), (1, 2, 3, 4)),
 }
-# half of `EvolutionConfig()` in every direction but the snapshots, and as many weak latents
+# half of `EvolutionConfig()`, but for its snapshots, its weak latents (as many) and how many are active (3 of its 4)
 HALF = planted.EvolutionConfig(
     planted.PlantedConfig(latents=64, width=32, active=3.0, zipf=0.5, scale_low=0.5, scale_high=2.0),
     emergent=12, decaying=4, transient=4, rotating=4, exclusive=4, weak=8, pairs=4,
@@ -338,8 +338,8 @@ def print_planted(title: str, rows: list[dict]) -> None:
         for name in SCORES:
             value = np.array([score[name] for score in row["seeds"]])
             digits = 1 if name in ("split", "l0") else 2 if name in ("turn_error", "dead") else 3
-            span = f" ({value.min():.{digits}f}..{value.max():.{digits}f})" if len(value) > 1 else ""
-            cells.append(f"{value.mean():.{digits}f}{span}")
+            mean, least, most = (f"{v:.{digits}f}" for v in (value.mean(), value.min(), value.max()))
+            cells.append(mean if least == most else f"{mean} ({least}..{most})")
         held = f"{sum(map(holds, row['seeds']))} of {len(row['seeds'])}"
         print(f"| {row['loss']} | {row['setting']:g} | {held} | " + " | ".join(cells) + " |")
 
@@ -380,7 +380,8 @@ def planted_evolution(args) -> dict:
         holding = [row["setting"] for row in of_loss if all(map(holds, row["seeds"]))]
         row = min(of_loss, key=preferred)
         best[name] = {"setting": row["setting"], "holds_at": holding}
-        print(f"{name}: holds at {holding or 'no setting'}; best {row['setting']:g}")
+        settings = ", ".join(f"{value:g}" for value in holding)
+        print(f"{name}: " + (f"holds at {settings}; best {row['setting']:g}" if holding else "holds at no setting"))
     passing = [row for row in found["settings"] if all(map(holds, row["seeds"]))]
     found["default"] = min(passing, key=preferred)["loss"] if passing else None
     print(f"Default by the rule: {found['default']}")

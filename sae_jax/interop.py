@@ -463,9 +463,7 @@ def _to_sae_lens(dictionary: Dictionary, cfg: DictionaryConfig) -> tuple[Tensors
     if cfg.heads != 1:
         raise InputError(f"a dictionary of {cfg.heads} heads is a crosscoder; SAELens' folders hold one head")
     if cfg.gate_norm != "none" or cfg.gate == "per_head":
-        raise InputError(
-            "a gate that reads decoder norms has no form in SAELens; export dictionaries with gate_norm none"
-        )
+        raise InputError("a gate that reads decoder norms has no form in SAELens; export one with gate_norm none")
     params = {name: np.asarray(value, np.float32) for name, value in dictionary["params"].items()}
     norm = {name: np.asarray(value, np.float32) for name, value in dictionary["norm"].items()}
     threshold = np.asarray(dictionary["threshold"], np.float32)

@@ -47,19 +47,13 @@ from experiments.layerwise import finished_bank, fit_bank, streaming, trunk_of
 from sae_jax import activations, attribution, dictionary, evaluate, evolution, features
 from sae_jax import train as dictionaries
 from sae_jax.activations import Stream
-from sae_jax.config import DictionaryConfig, TrainConfig
+from sae_jax.config import CROSSCODERS, DictionaryConfig, TrainConfig, crosscoder
 from sae_jax.losses import Hyper
 from synthetic import language
 from synthetic import pairs as made_pairs
 
 PAPER = "2509.17196"
 ROWS = 32  # texts of one forward pass
-LOSSES: dict[str, dict[str, Any]] = {
-    # the default: of a head the latents whose code times decoder norm is among the largest of the batch
-    "batch_topk": {"activation": "batch_topk", "gate": "per_head"},
-    "tanh_quad": {"activation": "jumprelu", "gate": "per_head", "penalty": "tanh_quad", "code_norm": "per_head"},
-    "l1": {"activation": "relu", "code_norm": "l1"},
-}
 TASKS = ("agreement", "induction", "indirect-object")
 
 
@@ -80,7 +74,7 @@ class EvolutionConfig(apt.PretrainConfig):
     steps: tuple[int, ...] = option((), "snapshots that the crosscoder reads, by step; none: all", "crosscoder", min=0)
     depth: int = option(-1, "depth of the residual stream; -1: the middle", "crosscoder", min=-1)
     loss: str = option("batch_topk", "loss and gate (ours; the paper's code: tanh_quad)", "crosscoder",
-                       choices=tuple(LOSSES))  # fmt: skip
+                       choices=tuple(CROSSCODERS))  # fmt: skip
     latents: int = option(2_048, "latents", "crosscoder", min=1)
     k: int = option(16, "batch_topk: active latents of a token at a snapshot, mean (ours)", "crosscoder", min=1)
     sparsity: float = option(0.3, "tanh_quad, l1: weight of the penalty", "crosscoder", min=0.0)
@@ -130,10 +124,7 @@ class EvolutionConfig(apt.PretrainConfig):
         )  # fmt: skip
 
     def crosscoder(self, width: int, heads: int) -> DictionaryConfig:
-        k = {"k": self.k} if self.loss == "batch_topk" else {"k": 1}
-        return DictionaryConfig(
-            width, self.latents, heads, decoder="free", subtract_bias=False, **k, **LOSSES[self.loss]
-        )
+        return crosscoder(width, self.latents, heads, self.loss, **({"k": self.k} if self.loss == "batch_topk" else {}))
 
     def training(self) -> TrainConfig:
         return TrainConfig(self.crosscoder_steps, self.crosscoder_batch, lr_floor=1 / 32, dead_after=self.dead_after)
@@ -896,7 +887,7 @@ def emergence(life: evolution.Life, path: Path_, cfg: EvolutionConfig) -> np.nda
     """The snapshot at which a latent appears, float `[F]`, NaN for none: first active by its rate; where all heads
     share one gate, and so one rate, by its norm."""
     H = len(path.norm_HF)
-    if LOSSES[cfg.loss].get("gate") != "per_head":
+    if CROSSCODERS[cfg.loss].get("gate") != "per_head":
         return np.where(path.strength_HF.max(0) > 0, path.birth_F.astype(np.float64), np.nan)
     return np.where(life.first_active_F < H, life.first_active_F.astype(np.float64), np.nan)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from bert6_jax.errors import InputError
 
@@ -139,3 +140,22 @@ class TrainConfig:
         for name in ("aux_k", "clip"):
             if getattr(self, name) < 0:
                 raise InputError(f"config field {name} is {getattr(self, name)}; it must not be negative")
+
+
+# Losses and gates of crosscoders by name; RESULTS.md has the planted benchmark that made the first one the default.
+CROSSCODERS: dict[str, dict[str, Any]] = {
+    "batch_topk": {"activation": "batch_topk", "gate": "per_head"},  # dictionary_learning's "decoupled" code norm
+    "tanh_quad": {"activation": "jumprelu", "gate": "per_head", "penalty": "tanh_quad", "code_norm": "per_head"},
+    "l1": {"activation": "relu", "code_norm": "l1"},  # Anthropic October 2024, arXiv 2509.05291
+}
+
+
+def crosscoder(width: int, latents: int, heads: int, loss: str = "batch_topk", **changes) -> DictionaryConfig:
+    """A crosscoder over `heads` models or places: free decoders, whose norms say where a latent is, no decoder bias in
+    the encoder (OpenMOSS), and one of `CROSSCODERS`; for `batch_topk`, k is the mean of a row and head."""
+    if loss not in CROSSCODERS:
+        raise InputError(f"crosscoder loss {loss!r}; choose one of {', '.join(CROSSCODERS)}")
+    settings = {"decoder": "free", "subtract_bias": False} | CROSSCODERS[loss]
+    if loss != "batch_topk":
+        settings["k"] = 1  # not used
+    return DictionaryConfig(width, latents, heads, **(settings | changes))

@@ -9,8 +9,8 @@ a process. PyTorch (extra `bench`) starts from our weights and reads our batches
 first steps must agree, and the ratio is that of the medians. To compare under load give all of it the same few cores,
 say `taskset -c 2,3`.
 
-    python -m benchmarks.crosscoder planted   which loss and gate find a planted evolution, 12 to 20 minutes; `--quick`
-                                              one seed and few steps, which shows that it runs and nothing else
+    python -m benchmarks.crosscoder planted   which loss and gate find a planted evolution, half an hour; `--quick` one
+                                              seed and few steps, which shows that it runs and nothing else
 
 Latents that come, go, turn, and are weak but shared, in worlds whose truth is known (`synthetic.planted`), half the
 size of `EvolutionConfig()` unless `--large`. The members of a bank are settings and seeds: of world, rows and start.

@@ -33,6 +33,7 @@ import numpy as np
 from bert6_jax import checkpoint, lora, metrics, ngrams, objectives, readout, train, transformer
 from bert6_jax.config import TransformerConfig, gpt_mini
 from bert6_jax.data import pairs as task_pairs
+from bert6_jax.data.tokenizer import load_tokenizer
 from bert6_jax.data.windows import Windows, steps_per_epoch
 from bert6_jax.errors import InputError
 from bert6_jax.progress import Progress
@@ -256,25 +257,25 @@ def read_snapshots(folder: Path, steps: Sequence[int], tokenizer_sha: str | None
 def load_base(run: Run, cfg: EvolutionConfig) -> Base:
     """Text, and the snapshots of every arm: pre-trained here, or those of `--snapshots-from`."""
     per_task = max(cfg.documents // 8, 1)
-    if cfg.snapshots_from and cfg.vocab is None:
+    if cfg.snapshots_from:
         folder = Path(cfg.snapshots_from).expanduser()
-        beside = next(
+        vocab = cfg.vocab or next(
             (p / "tokenizer.json" for p in folder.absolute().parents if (p / "tokenizer.json").exists()), None
         )
-        if beside is None:
+        if vocab is None:
             raise InputError(f"{folder}: no tokenizer.json in the folders above it; give its vocabulary with --vocab")
-        cfg = dataclasses.replace(cfg, vocab=beside)
+        cfg, tokenizer = dataclasses.replace(cfg, vocab=vocab), load_tokenizer(vocab)
+        trees, steps, model = read_snapshots(folder, cfg.steps, tokenizer.sha256)
+        if model.max_len < cfg.length or model.head == "none" or model.vocab_size != tokenizer.vocab_size:
+            raise InputError(
+                f"{folder}: {model.max_len} positions, head {model.head}, {model.vocab_size} ids, for rows of "
+                f"{cfg.length} and a vocabulary of {tokenizer.vocab_size}; lower --length, or give a language model of "
+                "this vocabulary"
+            )
+        check_depth(cfg, model.blocks)
     corpus = apt.load_corpus(run, cfg, LANGUAGE, partial(extra_documents, count=per_task))
     size, V = max(cfg.subset_sizes), corpus.tokenizer.vocab_size
     if cfg.snapshots_from:
-        folder = Path(cfg.snapshots_from).expanduser()
-        trees, steps, model = read_snapshots(folder, cfg.steps, corpus.tokenizer.sha256)
-        if model.max_len < cfg.length or model.head == "none" or model.vocab_size != V:
-            raise InputError(
-                f"{folder}: {model.max_len} positions, head {model.head}, {model.vocab_size} ids, for rows of "
-                f"{cfg.length} and a vocabulary of {V}; lower --length, or give a language model of this vocabulary"
-            )
-        check_depth(cfg, model.blocks)
         arms = [Arm("the given snapshots", trees)]
         check_text(cfg, Base(corpus, model, steps, arms, 0, ""))
         run.keep_record("snapshots", {"snapshots": lora.fingerprint(trees)})
@@ -334,6 +335,8 @@ def check_settings(cfg: EvolutionConfig) -> None:
     cfg.crosscoder(width=1, heads=2)
     if not cfg.snapshots_from:
         check_depth(cfg, cfg.blocks)
+    if len({*cfg.steps}) == 1:
+        raise InputError(f"--steps {cfg.steps[0]}: one snapshot has no evolution; give two or more")
     need = cfg.crosscoder_batch + ROWS * cfg.length
     if cfg.buffer < need:
         raise InputError(

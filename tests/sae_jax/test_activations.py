@@ -413,3 +413,57 @@ def test_a_manifest_is_json_that_says_what_it_is(written):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["format"] == activations.FORMAT and manifest["sites"] == [["resid", 1], ["z", 0]]
     assert manifest["models"] == 2 and manifest["token_rows"] == N
+
+
+def one_by_one(tmp_path, **changes):
+    """Shards of the two models of `models(POST)`, harvested one at a time."""
+    parts = []
+    for x in range(2):
+        params = jax.tree.map(lambda leaf, x=x: leaf[x : x + 1], models(POST))
+        parts.append(write(tmp_path / f"model{x}", params=params, **(changes if x else {})))
+    return parts
+
+
+@pytest.mark.parametrize("rows_per_shard", [3, 2], ids=["alike", "cut elsewhere"])
+def test_joined_shards_are_the_models_side_by_side(tmp_path, rows_per_shard):
+    """Row r of the join is one token at the sites of both models, however the shards are cut."""
+    joined = activations.join_shards(one_by_one(tmp_path, rows_per_shard=rows_per_shard))
+    ids, segment = text()
+    places = np.array([(n, t) for n, t in np.ndindex(N, T) if segment[n, t] and t >= 1 and ids[n, t] != 5])
+    assert joined.num_rows == len(places)
+    x_NTSD = activations.harvest_models(models(POST), {"ids": ids, "segment": segment}, POST, SITES)
+    order = np.random.default_rng(1).permutation(len(places))
+    there = joined.rows(order)
+    assert there.shape == (len(places), 2 * len(SITES), 8) and there.dtype == np.float32
+    np.testing.assert_allclose(there, np.asarray(x_NTSD)[tuple(places[order].T)], rtol=1e-5, atol=1e-5)
+    served = np.concatenate([joined.batch_at(3, 4)(step)["x"] for step in range(len(places) // 4)])
+    everything = joined.rows(np.arange(len(places)))
+    near = np.abs(served[:, None] - everything[None]).max((2, 3))
+    assert (near.min(1) == 0).all() and len(set(near.argmin(1).tolist())) == len(served)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"text": text(1)}, "text differs"),
+        ({"exclude": (5, 6)}, "exclude differs"),
+        ({"first": 2}, "first differs"),
+    ],
+)
+def test_shards_of_other_tokens_are_not_joined(tmp_path, changes, words):
+    with pytest.raises(InputError) as caught:
+        activations.join_shards(one_by_one(tmp_path, **changes))
+    assert words in str(caught.value) and "shards 0 and 1" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_misaligned_rows_are_not_joined(tmp_path):
+    one, two = one_by_one(tmp_path)
+    swapped = [np.array(token) for token in two.token]
+    swapped[1][[0, 1]] = swapped[1][[1, 0]]
+    shorter = [*two.token[:-1], two.token[-1][:-1]]
+    for token, row in ((swapped, len(two.token[0])), (shorter, two.num_rows - 1)):
+        with pytest.raises(InputError, match=f"shards 0 and 1 are misaligned from row {row} on") as caught:
+            activations.join_shards([one, two._replace(token=token)])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="no shards to join"):
+        activations.join_shards([])

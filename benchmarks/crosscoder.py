@@ -449,7 +449,13 @@ def main() -> None:
     parts = {"heads": with_heads, "torch": against_torch}  # what `speed` runs apart
     benchmarks = {"speed": speed, "planted": planted_evolution}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=[*benchmarks, *parts], help="`heads` and `torch` are parts of `speed`")
+    parser.add_argument(
+        "benchmark",
+        nargs="?",
+        default="speed",
+        choices=[*benchmarks, *parts],
+        help="`heads` and `torch` are parts of `speed`",
+    )
     parser.add_argument("--heads", type=int, default=8, help="snapshots of the comparison with PyTorch")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns of each contestant")
     parser.add_argument("--seeds", type=int, default=3, help="planted: worlds of every setting")

@@ -54,8 +54,9 @@ def _host(tree: Any, what: str) -> Any:
     return jax.tree.map(leaf, tree)
 
 
-def _over(above, below, empty: float = np.nan) -> np.ndarray:
-    """above / below, `empty` where below is not positive."""
+def ratio(above, below, empty: float = np.nan) -> np.ndarray:
+    """above / below in float64, `empty` where below is not positive."""
+    above = np.asarray(above, np.float64)
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, empty), where=below > 0)
 
 
@@ -175,12 +176,12 @@ def summary(stats: Stats) -> dict[str, Any]:
     error, spread = error_H.sum(-1), spread_H.sum(-1)
     density_F = s.active_F / n[..., None]
     out = {
-        "ev_global": 1.0 - _over(error, spread),
-        "ev_global_H": 1.0 - _over(error_H, spread_H),
-        "ev_per_token": 1.0 - _over(s.per_token, s.per_token_rows),
-        "ev_variance": 1.0 - _over(s.ee.sum((-2, -1)), spread),
-        "ev_correlation": _over(np.square(s.xy), s.xx * s.yy, empty=0.0).mean((-2, -1)),
-        "nmse_uncentred": _over(s.uncentred, s.uncentred_rows),
+        "ev_global": 1.0 - ratio(error, spread),
+        "ev_global_H": 1.0 - ratio(error_H, spread_H),
+        "ev_per_token": 1.0 - ratio(s.per_token, s.per_token_rows),
+        "ev_variance": 1.0 - ratio(s.ee.sum((-2, -1)), spread),
+        "ev_correlation": ratio(np.square(s.xy), s.xx * s.yy, empty=0.0).mean((-2, -1)),
+        "nmse_uncentred": ratio(s.uncentred, s.uncentred_rows),
         "mse": error / n,
         "cosine": s.cosine.mean(-1) / n,
         "l0": density_F.sum(-1),
@@ -313,7 +314,7 @@ def recovered(loss_clean, loss_spliced, loss_ablated) -> np.ndarray:
     clean, spliced, ablated = (
         np.asarray(jax.device_get(v), np.float64) for v in (loss_clean, loss_spliced, loss_ablated)
     )
-    return _over(ablated - spliced, ablated - clean)[()]
+    return ratio(ablated - spliced, ablated - clean)[()]
 
 
 # --- latents and labels ----------------------------------------------------------------------------------------------
@@ -351,7 +352,7 @@ def auroc(z_NF, label_N: Array, num_classes: int) -> np.ndarray:
             silent_C = total_C - np.bincount(label_X, minlength=C)
             rank_sum_CF[:, f] = np.bincount(label_X, rank_X, minlength=C) + silent_C * zero_rank
     total_C1 = total_C[:, None]
-    return _over(rank_sum_CF - total_C1 * (total_C1 + 1) / 2, total_C1 * (N - total_C1) * np.ones((1, F)))
+    return ratio(rank_sum_CF - total_C1 * (total_C1 + 1) / 2, total_C1 * (N - total_C1) * np.ones((1, F)))
 
 
 def _midranks(value_X: np.ndarray, N: int) -> tuple[np.ndarray, float]:
@@ -508,7 +509,7 @@ def correlation(moments: CrossMoments) -> np.ndarray:
     # Below the rounding of the float32 sums a variance is none.
     std_F = np.sqrt(np.where(var_F > 1e-6 * m.aa_F, var_F, 0.0))
     std_E = np.sqrt(np.where(var_E > 1e-6 * m.bb_E, var_E, 0.0))
-    return _over(m.ab_FE - np.outer(m.a_F, m.b_E / m.rows), np.outer(std_F, std_E), empty=0.0)
+    return ratio(m.ab_FE - np.outer(m.a_F, m.b_E / m.rows), np.outer(std_F, std_E), empty=0.0)
 
 
 def recovery(decoder_FD: Array, truth_XD: Array, above: float = 0.9) -> dict[str, float]:
@@ -626,7 +627,7 @@ def evolution_recovery(
     matched_X = similarity_X >= matched
     rows_HXD = np.where((latent_X >= 0)[None, :, None], W_HFD[:, latent_X], 0.0)
     norm_HX = np.linalg.norm(rows_HXD, axis=-1)
-    n_HX, r_HX = _over(norm_HX, norm_HX.max(0), empty=0.0), strength_HX / strength_HX.max(0)
+    n_HX, r_HX = ratio(norm_HX, norm_HX.max(0), empty=0.0), strength_HX / strength_HX.max(0)
     units_HXD, true_HXD = (
         v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-30) for v in (rows_HXD, directions_HXD)
     )
@@ -641,7 +642,7 @@ def evolution_recovery(
     n_c, r_c = n_HX - n_HX.mean(0), r_HX - r_HX.mean(0)
     varies_X = np.ptp(r_HX, axis=0) > 1e-6  # below that it is rounding
     scale_X = np.sqrt(np.square(n_c).sum(0) * np.square(r_c).sum(0))
-    curve_X = np.where(np.ptp(n_HX, axis=0) > 1e-6, _over((n_c * r_c).sum(0), scale_X, empty=0.0), 0.0)
+    curve_X = np.where(np.ptp(n_HX, axis=0) > 1e-6, ratio((n_c * r_c).sum(0), scale_X, empty=0.0), 0.0)
 
     shared_X, gone_HX = (r_HX >= weak).all(0), r_HX < absent
     close_FX = similarity_FX > split
@@ -659,7 +660,7 @@ def evolution_recovery(
         return {
             "features": int(of_X.sum()),
             "matched": float(matched_X[of_X].mean()),
-            "mmcs_H": _over((cosine_HX * there).sum(1), there.sum(1)),
+            "mmcs_H": ratio((cosine_HX * there).sum(1), there.sum(1)),
             "mmcs": float(cosine_HX[there].mean()),
             "emergence_error": mean(begin_error_X, emerges_X),
             "emergence_near": mean(begin_error_X <= near, emerges_X),

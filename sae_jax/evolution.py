@@ -32,6 +32,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from bert6_jax.errors import InputError
+from sae_jax.evaluate import ratio
 
 Array = jax.Array | np.ndarray
 AtHead = Callable[[jax.Array], jax.Array]  # int32 [] -> [B, F]
@@ -39,11 +40,6 @@ AtHead = Callable[[jax.Array], jax.Array]  # int32 [] -> [B, F]
 CLASSES = ("never", "decay", "rise")
 DIRECTIONS = ("peak", "own", "turned")
 DEAD = 1e-6  # a decoder at most this share of its latent's largest one has no direction (ours: float32 noise)
-
-
-def _over(above, below, empty: float = np.nan) -> np.ndarray:
-    """above / below, `empty` where below is not positive."""
-    return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, empty), where=below > 0)
 
 
 def _safe(value):
@@ -279,7 +275,7 @@ def life_cycle(rate_HF: Array, cosine_FHH: Array, norm_HF: Array, steps_H, setti
     local_F = _first_run(calm_IF & steady_IF & begun_IF, s.local_pairs)
 
     weight_IF = np.sqrt(norm_HF[:-1] * norm_HF[1:]) * begun_IF
-    drift_F = _over((weight_IF * rotation_IF).sum(0), weight_IF.sum(0))
+    drift_F = ratio((weight_IF * rotation_IF).sum(0), weight_IF.sum(0))
 
     settling_IF = np.stack([calm_IF[i : i + s.curve_pairs].all(0) for i in range(H - 1)])
     curves = Curves(
@@ -369,7 +365,7 @@ def turning_point(
     keep_F = use_IF.any(0)
     use_FI = use_IF[:, keep_F].T.astype(np.float64)
     value_FI = rotation_IF[:, keep_F].T * use_FI
-    curve_I = _over(value_FI.sum(0), use_FI.sum(0))
+    curve_I = ratio(value_FI.sum(0), use_FI.sum(0))
     at = int(np.nanargmax(curve_I))
 
     rng, F, peaks = np.random.default_rng(seed), len(use_FI), []
@@ -377,7 +373,7 @@ def turning_point(
         count_XF = np.stack(
             [np.bincount(rng.integers(0, F, F), minlength=F) for _ in range(min(64, resamples - begin))]
         ).astype(np.float64)
-        mean_XI = _over(count_XF @ value_FI, count_XF @ use_FI, empty=-np.inf)
+        mean_XI = ratio(count_XF @ value_FI, count_XF @ use_FI, empty=-np.inf)
         peaks.append(mean_XI.argmax(1))
     peak_X = np.concatenate(peaks)
     tail = (1.0 - level) / 2
@@ -386,9 +382,9 @@ def turning_point(
     others = curve_I[(np.abs(np.arange(intervals) - at) > 1) & np.isfinite(curve_I)]
     median, mean, std = (float(f(others)) if others.size else np.nan for f in (np.median, np.mean, np.std))
     share_I = np.bincount(peak_X, minlength=intervals) / resamples
-    ratio = float(curve_I[at] / median) if median > 0 else np.nan
+    over_median = float(curve_I[at] / median) if median > 0 else np.nan
     z = float((curve_I[at] - mean) / std) if std > 0 else np.nan
-    return TurningPoint(curve_I, at, int(low), int(high), share_I, cusum_peak(curve_I), ratio, z)
+    return TurningPoint(curve_I, at, int(low), int(high), share_I, cusum_peak(curve_I), over_median, z)
 
 
 def cusum_peak(curve: Array) -> int:
@@ -653,8 +649,8 @@ def scaling(sums: ScalingSums, W_dec_HFD: Array, peak_F: Array, direction: str =
         below_HF = own_HF * ff_F
         if direction == "turned":  # <v, Y> grows by |d| / |d_h|, |v|^2 by its square
             below_HF = ff_F * np.sqrt(own_HF * length_F)
-    beta = [_over(v, below_HF) for v in (act_HF, rec_HF, act_HF - rec_HF + fg_HF * onto_HF)]
-    return Scaling(*beta, *(_over(v, np.take_along_axis(v, at_F[None], 0)) for v in beta))
+    beta = [ratio(v, below_HF) for v in (act_HF, rec_HF, act_HF - rec_HF + fg_HF * onto_HF)]
+    return Scaling(*beta, *(ratio(v, np.take_along_axis(v, at_F[None], 0)) for v in beta))
 
 
 # --- linear separability ---------------------------------------------------------------------------------------------
@@ -710,7 +706,7 @@ def _auc(value_XN: np.ndarray, label_XN: np.ndarray) -> np.ndarray:
         key_XN = np.sort(bits_XN[tied] | ~label_XN[tied], axis=1)
         sum_X[tied] = (sum_X[tied] + _rank_sum(1 - (key_XN & 1))) / 2
     count_X = label_XN.sum(1).astype(np.float64)
-    return _over(sum_X - count_X * (count_X + 1) / 2, count_X * (label_XN.shape[1] - count_X))
+    return ratio(sum_X - count_X * (count_X + 1) / 2, count_X * (label_XN.shape[1] - count_X))
 
 
 def _rank_sum(positive_XN: np.ndarray) -> np.ndarray:
@@ -766,7 +762,7 @@ def _pearson(x: np.ndarray, y: np.ndarray, use: np.ndarray) -> np.ndarray:
     dx, dy = (use * (v - (use * v).sum(-1, keepdims=True) / count) for v in (x, y))
     xx, yy = (dx * dx).sum(-1), (dy * dy).sum(-1)
     varies = (xx > 1e-24 * (use * x * x).sum(-1)) & (yy > 1e-24 * (use * y * y).sum(-1))  # more than rounding
-    return np.clip(_over((dx * dy).sum(-1), np.where(varies, np.sqrt(xx) * np.sqrt(yy), 0.0)), -1.0, 1.0)
+    return np.clip(ratio((dx * dy).sum(-1), np.where(varies, np.sqrt(xx) * np.sqrt(yy), 0.0)), -1.0, 1.0)
 
 
 # --- total dimensionality --------------------------------------------------------------------------------------------

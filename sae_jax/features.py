@@ -34,6 +34,7 @@ import numpy as np
 from scipy.special import entr, gammaln, xlogy
 
 from bert6_jax.errors import InputError
+from sae_jax.evaluate import ratio
 
 Array = jax.Array | np.ndarray
 
@@ -232,16 +233,10 @@ def update(
 # --- measures --------------------------------------------------------------------------------------------------------
 
 
-def _over(above, below) -> np.ndarray:
-    """above / below, NaN where below is not positive."""
-    above = np.asarray(above, np.float64)
-    return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below > 0)
-
-
 def _phi(both, a, b, rows) -> np.ndarray:
     """Correlation of two indicators from their counts; NaN where one is constant."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return _over(rows * both - a * b, np.sqrt(a * (rows - a) * b * (rows - b)))
+    return ratio(rows * both - a * b, np.sqrt(a * (rows - a) * b * (rows - b)))
 
 
 def _mixture(active, total):
@@ -327,7 +322,7 @@ def _context(table: Table, tokens_2, active_2F, min_active: int) -> dict[str, np
         # What is left of the entropy is in buckets that are partly active: no other cell counts.
         left_X = np.bincount(f, _mixture(active_N, all_K[k]), minlength=width)
         varies_X = (active_X > 0) & (active_X < rows)
-        out["information"][block] = np.where(varies_X, 1.0 - _over(left_X, chance_F[block]), np.nan)
+        out["information"][block] = np.where(varies_X, 1.0 - ratio(left_X, chance_F[block]), np.nan)
         share_N = active_N / np.maximum(active_X, 1)[f]
         out["types"][block] = np.where(active_X > 0, np.exp(np.bincount(f, entr(share_N), minlength=width)), np.nan)
 
@@ -337,9 +332,9 @@ def _context(table: Table, tokens_2, active_2F, min_active: int) -> dict[str, np
         base_X = -(hits_2X * np.log(rate_2X) + (scored_2[:, None] - hits_2X) * np.log1p(-rate_2X)).sum(0)
         cells = k, f, active_2N
         nats_X = np.min([_nats(total_2K, cells, rate_2X, pseudo) for pseudo in PSEUDO_COUNTS], axis=0)
-        share_X = np.clip(1.0 - _over(nats_X, base_X), 0.0, 1.0)
+        share_X = np.clip(1.0 - ratio(nats_X, base_X), 0.0, 1.0)
         covered_X = hits_2X.sum(0)
-        out["coverage"][block] = _over(covered_X, active_X)
+        out["coverage"][block] = ratio(covered_X, active_X)
         out["explained"][block] = np.where(varies_X & (covered_X >= min_active), share_X, np.nan)
     return out
 
@@ -413,7 +408,7 @@ def types(counts: Counts, rules: Rules | None = None) -> dict[str, Any]:
 
     repeats_R, both_RF = small.repeats_R.astype(np.int64), small.active_repeats_RF.astype(np.int64)
     repeats_R1 = (repeats_R / rows)[:, None]
-    excess_RF = _over(_over(both_RF, active_F[None]) - repeats_R1, 1.0 - repeats_R1)
+    excess_RF = ratio(ratio(both_RF, active_F[None]) - repeats_R1, 1.0 - repeats_R1)
 
     # A context that could not be scored may be the one that explains the latent.
     judged_F = ~np.isnan(explained_CF).any(0) | (level_3F[2] >= rules.high)

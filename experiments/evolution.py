@@ -19,6 +19,7 @@ pre-trainings that are compared; K features of a task; X entries of a list of k.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ from synthetic import pairs as made_pairs
 
 PAPER = "2509.17196"
 ROWS = 32  # texts of one forward pass
+later = partial(option, may_change=True)  # of stages after the crosscoders: they may differ in a folder used again
 TASKS = ("agreement", "induction", "indirect-object")
 
 
@@ -65,7 +67,7 @@ class EvolutionConfig(apt.PretrainConfig):
     objective: str = option("causal", "`causal`: next token; `masked`: BERT", "model", choices=("causal", "masked"))
     snapshots_from: str = option("", "a folder of snapshots step_N of one model (checkpoints of ours); empty: "
                                  "pre-train here", "data")  # fmt: skip
-    task: tuple[str, ...] = option(
+    task: tuple[str, ...] = later(
         ("agreement", "induction"), "tasks for attribution: agreement, induction, indirect-object (generated) or files "
         "of feature-circuits, BLiMP, IOI; several with commas", "data",
     )  # fmt: skip
@@ -88,7 +90,7 @@ class EvolutionConfig(apt.PretrainConfig):
                           choices=("stream", "once", "disk"))  # fmt: skip
     buffer: int = option(32_768, "tokens that are held (stream: of the shuffled buffer)", "crosscoder", min=1)
     dead_after: int = option(500_000, "tokens without firing that make a latent dead", "crosscoder", min=1)
-    baselines: bool = option(True, "also one dictionary a snapshot, PCA, and a crosscoder of every second snapshot",
+    baselines: bool = later(True, "also one dictionary a snapshot, PCA, and a crosscoder of every second snapshot",
                              "controls")  # fmt: skip
 
     read_rows: int = option(2_000, "held-out rows that are read", "evaluation", min=2)
@@ -96,18 +98,18 @@ class EvolutionConfig(apt.PretrainConfig):
     probe_tokens: int = option(4_096, "held-out tokens for probes and regressions", "evaluation", min=16)
     theta: float = option(0.1, "strong match of the token confusion, as in experiments.apt", "evaluation", min=1e-6,
                           max=1.0)  # fmt: skip
-    boundary: int = option(0, "step that divides early from late peaks; 0: the square root of the last step (ours; the "
+    boundary: int = later(0, "step that divides early from late peaks; 0: the square root of the last step (ours; the "
                            "paper's code: 1000 of 143,000)", "evaluation", min=0)  # fmt: skip
     contexts: int = option(6, "top contexts of a latent", "evaluation", min=1)
-    browser_latents: int = option(200, "latents in the browser", "evaluation", min=1)
+    browser_latents: int = later(200, "latents in the browser", "evaluation", min=1)
 
-    pairs: int = option(200, "pairs of a task", "attribution", min=8)
-    ig_steps: int = option(10, "steps of integrated gradients (ours)", "attribution", min=1)
-    baseline: str = option("patched", "baseline of the attribution (ours)", "attribution",
+    pairs: int = later(200, "pairs of a task", "attribution", min=8)
+    ig_steps: int = later(10, "steps of integrated gradients (ours)", "attribution", min=1)
+    baseline: str = later("patched", "baseline of the attribution (ours)", "attribution",
                            choices=attribution.BASELINES)  # fmt: skip
-    top_k: tuple[int, ...] = option((1, 2, 5, 10, 20, 50, 100), "numbers of features that are removed, or kept alone",
+    top_k: tuple[int, ...] = later((1, 2, 5, 10, 20, 50, 100), "numbers of features that are removed, or kept alone",
                                     "attribution", min=1)  # fmt: skip
-    draws: int = option(3, "draws of the random control", "attribution", min=1)
+    draws: int = later(3, "draws of the random control", "attribution", min=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -802,6 +804,17 @@ def batch_of(pairs: task_pairs.Pairs, model: TransformerConfig, begin: int, size
     return attribution.check_pairs(attribution.Pairs(*(leaf[row] for leaf in fields), at < len(pairs.right_N)), model)
 
 
+def attribution_stage(cfg: EvolutionConfig, tasks: Sequence[Task]) -> str:
+    """A name with a digest of what the stage depends on: other tasks and settings are other stages."""
+    digest = hashlib.sha256(repr((cfg.ig_steps, cfg.baseline, cfg.top_k, cfg.draws)).encode())
+    for task in tasks:
+        for part in (task.choose, task.score):
+            for leaf in (part.clean_NT, part.patch_NT, part.position_N, part.right_N, part.wrong_N):
+                digest.update(np.ascontiguousarray(leaf).tobytes())
+        digest.update(task.name.encode())
+    return f"attribution-{digest.hexdigest()[:10]}"
+
+
 def attribute_tasks(run: Run, cfg: EvolutionConfig, base: Base, trained: Trained, tasks: Sequence[Task], rate_HF):
     """Of every task and snapshot: the metric, attributions (integrated gradients, attribution patching), necessity and
     sufficiency of the chosen features and of their random controls; and each task's features removed from the others.
@@ -848,16 +861,15 @@ def attribute_tasks(run: Run, cfg: EvolutionConfig, base: Base, trained: Trained
     with np.errstate(divide="ignore"):
         log_norm_HF, log_rate_HF = np.log(raw_norm_HF), np.log(rate_HF)
     fires_HF = np.isfinite(log_norm_HF) & np.isfinite(log_rate_HF)
+    fewest = int(fires_HF.sum(1).min())
+    if K > fewest // 2:  # the random control needs as many others
+        remedy = f"give numbers up to {fewest // 2}" if fewest > 1 else "train the crosscoder longer"
+        raise InputError(f"--top-k {K}: at one snapshot {fewest} latent(s) fire, half can be chosen; {remedy}")
     for task in tasks:
         with Progress(H, f"attribution: {task.name}", "snapshots", quiet=run.quiet) as progress:
             (mean, first_HF, gap_H, right_H), _ = over(task.choose, effects_of)
             score_HF = np.where(fires_HF, np.abs(mean.features), -1.0)
-            chosen_HK = attribution.top(score_HF, min(K, int(fires_HF.sum(1).min()) // 2))
-            if chosen_HK.shape[1] < K:
-                raise InputError(
-                    f"--top-k {K}: at one snapshot only {int(fires_HF.sum(1).min())} latents fire, half of them can be "
-                    f"chosen; give numbers up to {chosen_HK.shape[1]}"
-                )
+            chosen_HK = attribution.top(score_HF, K)
             rank_HF = jnp.asarray(attribution.ranks(chosen_HK, F))
             own, _ = over(task.score, curves_of, rank_HF)
             controls = [attribution.matched_random(h, chosen_HK[h], log_norm_HF[h], log_rate_HF[h], draws=cfg.draws)
@@ -935,11 +947,12 @@ def study(run: Run, cfg: EvolutionConfig, base: Base) -> Study:
     training = run.stage("along-training", partial(along_training, run, cfg, base))
     trained = train_crosscoders(run, cfg, base)
     found = run.stage("read", partial(read_crosscoder, run, cfg, base, trained))
-    baselines = run.stage("baselines", partial(compare_baselines, cfg, base, trained))
+    name = "baselines" if cfg.baselines else "baselines-linear"
+    baselines = run.stage(name, partial(compare_baselines, cfg, base, trained))
     attributed = {}
     if tasks:
         attributed = run.stage(
-            "attribution", partial(attribute_tasks, run, cfg, base, trained, tasks, found["rate_HF"])
+            attribution_stage(cfg, tasks), partial(attribute_tasks, run, cfg, base, trained, tasks, found["rate_HF"])
         )
     paths = [path_of(member_of(trained.tree, g), base.steps, cfg.seed) for g in range(len(trained.members))]
     path = paths[0][0]

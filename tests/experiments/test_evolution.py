@@ -154,7 +154,7 @@ def test_every_file_of_the_contract_is_there(finished):
         "trajectories", "phases", "turning", "complexity", "baselines", "attribution",
     }  # fmt: skip
     claims = json.loads((finished / "claims.json").read_text())
-    assert len({claim["id"] for claim in claims}) == len(claims) == 18
+    assert len({claim["id"] for claim in claims}) == len(claims) == 19
     for claim in claims:
         assert claim["verdict"] in VERDICTS and claim["rule"] and claim["statement"]
         assert claim["paper"].startswith(("arXiv 2509.17196", "ours"))
@@ -598,7 +598,7 @@ def test_trajectories_of_a_planted_crosscoder():
             length = 2.0 if h >= born[f] else 0.3
             W[h, f, [2 * f, 2 * f + 1]] = length * np.array([np.cos(angle_H[h]), np.sin(angle_H[h])])
     trajectories, path = study.path_of(
-        {"params": {"W_dec": W.astype(np.float32)}, "norm": {"scale": np.ones(6)}}, steps
+        {"params": {"W_dec": W.astype(np.float32)}, "norm": {"scale": np.ones(6)}}, steps, np.ones(5, bool)
     )
     np.testing.assert_array_equal(path.birth_F, born)
     np.testing.assert_allclose(path.norm_HF[:, 4], [0.3] * 4 + [2.0] * 2, rtol=1e-6)
@@ -632,7 +632,7 @@ def turned(curve, at, low, high, ratio):
     return types.SimpleNamespace(turn=types.SimpleNamespace(curve_I=np.array(curve, float)), turn_log=turn_log)
 
 
-def judged(good: bool, drop: tuple[str, ...] = (), complexity=True, **changes):
+def judged(good: bool, drop: tuple[str, ...] = (), complexity=True, like=True, error=0.1, ev=None, **changes):
     """{claim: (verdict, measured)} of a made study of five snapshots, two arms and two starts, one task."""
     flip = 1 if good else -1
     cfg = dataclasses.replace(study.PRESETS["demo"], top_k=(1, 8, 20), crosscoder_seeds=2, **changes)
@@ -646,7 +646,8 @@ def judged(good: bool, drop: tuple[str, ...] = (), complexity=True, **changes):
     }
     baselines = {
         "members": 0.8 + flip * np.array([[0.1] * 5, [0.11] * 5, [-0.9] * 5]), "alone": np.full(5, 0.8),
-        "held_out": 0.5 + flip * np.array([0.2, 0.21]), "held_out_neighbour": np.array([0.5, 0.5]),
+        "l0": np.full((3, 5), 8.0), "alone_l0": np.full(5, 8.0 if like else 9.0),
+        "held_out": 0.5 + flip * np.array([0.2, 0.21]), "held_out_neighbours": np.array([0.5, 0.5]),
     }  # fmt: skip
     random = np.array([[[0.0] * 3] * 4 + [[0.0, 0.9, 0.0]], [[0.0] * 3] * 4 + [[0.0, 0.92, 0.0]]])
     attributed = {
@@ -654,26 +655,37 @@ def judged(good: bool, drop: tuple[str, ...] = (), complexity=True, **changes):
         "t_necessity_HX": np.array([[0.0] * 3] * 4 + [[0.0, 0.3 if good else 1.2, 0.0]]),
         "t_random_necessity_RHX": random, "t_gap_H": np.array([0, 0, 0, 0, 1e-5 if good else -1e-2]),
         "t_clean_H": np.array([0, 0, 0, 0, 2.0]), "t_base_H": np.array([0, 0, 0, 0, -2.0]),
+        "t_score_clean_se_H": np.full(5, error), "t_necessity_se_HX": np.full((5, 3), 0.1),
         "tt_score_clean_H": np.zeros(5),
     }  # fmt: skip
     never_F = np.arange(110) >= 100
-    life = types.SimpleNamespace(lifetime_F=np.where(np.arange(110) < (80 if good else 40), 0.6, 0.4), never_F=never_F)
+    life = types.SimpleNamespace(
+        first_active_F=np.arange(110) % 6,
+        lifetime_F=np.where(np.arange(110) < (80 if good else 40), 0.6, 0.4),
+        never_F=never_F,
+    )
     own = turned([0, 1, 0, 0], 1, 1, 2 if good else 3, 3.0 if good else 1.5)
     warm = turned([0, 1, 1, 0] if good else [0, 0, 0, 1], 3, 0, 3, 9.0)
     paths = [own, turned([1, 0, 0, 0], 3, 0, 3, 9.0), warm]  # the second is another start, which no claim reads
-    within = np.full((3, 3), 0.6 if good else 0.4)
-    measures = types.SimpleNamespace(names=("norm", "presence (error)", "probe AUC"), within_XX=within)
+    within = np.full((4, 4), 0.6 if good else 0.4)
+    names = ("norm", "presence (error)", "presence (activation)", "probe AUC")
+    measures = types.SimpleNamespace(names=names, within_XX=within)
+    own.norm_HF = own.strength_HF = np.ones((5, 110))
+    own.birth_F = np.zeros(110, int)
     correlation = types.SimpleNamespace(spearman=0.4, spearman_low=0.2 * flip, spearman_high=0.6)
     controls = {
         "start 1": {"matched": 0.7 if good else 0.5},
         "every second snapshot": {"birth_near": 0.9 if good else 0.8},
     }
     share_H = np.array([0.5, 0.3, 0.2, 0.3, 0.4] if good else [0.2, 0.3, 0.4, 0.5, 0.6])
+    if ev is not None:
+        baselines["members"] = np.full((3, 5), ev)
     baselines = {name: value for name, value in baselines.items() if name not in drop}
     controls = {name: value for name, value in controls.items() if name not in drop}
     made = study.Study(
-        {}, training, baselines, attributed, [study.Task("t", None, None)], None, paths, life, share_H, None, measures,
-        correlation if complexity else None, controls,
+        {"kind_complexity_F": np.ones(110)}, training, baselines, attributed, [study.Task("t", None, None)], None,
+        paths,
+        life, share_H, None, None, measures, correlation if complexity else None, controls,
     )  # fmt: skip
     claims = study.judge(cfg, base, made)
     assert len({claim.id for claim in claims}) == len(claims)
@@ -682,7 +694,7 @@ def judged(good: bool, drop: tuple[str, ...] = (), complexity=True, **changes):
 
 def test_claims_follow_their_rules():
     found = judged(True)
-    assert {name for name, (verdict, _) in found.items() if verdict != "supported"} == set() and len(found) == 16
+    assert {name for name, (verdict, _) in found.items() if verdict != "supported"} == set() and len(found) == 17
     measured = {name: value for name, (_, value) in found.items()}
     assert measured["unigrams-first"] == 3 and measured["beyond-bigrams"] == 3.0
     assert measured["turning-point"] == 3.0 and measured["turning-located"] == 1
@@ -693,7 +705,7 @@ def test_claims_follow_their_rules():
     assert measured["held-out-snapshots"] == pytest.approx(0.205)
     assert measured["few-carry-t"] == pytest.approx(0.61) and measured["complete-t"] == pytest.approx(1e-5 / 4)
     found = judged(False)
-    assert {verdict for verdict, _ in found.values()} == {"not supported"} and len(found) == 16
+    assert {verdict for verdict, _ in found.values()} == {"not supported"} and len(found) == 17
     assert found["unigrams-first"][1] == -3 and found["warm-up"][1] > 1 and found["complete-t"][1] > 1e-4
 
 
@@ -703,6 +715,14 @@ def test_claims_that_a_run_has_no_numbers_for():
     assert set(judged(True)) - set(found) == {"against-dictionaries", "held-out-snapshots", "starts-agree", "spacing"}
     assert found["complex-later"] == ("not tested", None)
     assert {name for name, (verdict, _) in found.items() if verdict == "not tested"} == {"complex-later"}
+
+    def untested(**settings):
+        return {name for name, (verdict, _) in judged(True, **settings).items() if verdict == "not tested"}
+
+    assert untested(like=False) == {"against-dictionaries"}  # other numbers of active latents
+    assert untested(error=1.1) == {"few-carry-t"}  # a logit difference of 2 +- 2.2
+    assert untested(loss="l1") == {"most-persist"}  # one gate, one rate
+    assert len(untested(ev=0.4)) == 14  # a crosscoder that explains nothing: only the model's own curves and gaps count
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -1334,7 +1334,7 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
         every = -(-H // 12)
         ax.set_xticks(x[::every], names[::every], rotation=60)
         if label:
-            ax.set_xlabel("training step (log)")
+            ax.set_xlabel("snapshot at step")
 
     def below(fig, ax, ncols=3):
         fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=ncols)
@@ -1369,8 +1369,7 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
         label = f"KL({name.replace('_', ' || ')})"
         figures.line(ax, x, t[f"kl_{name}"][0], label=label)
     top = max(float(t[name][0].max()) for name in t if name.startswith("kl_"))
-    title = f"Distance from n-grams, {figures.plain(base.arms[0].name)}"
-    ax.set(ylabel="nats", title=title, ylim=(0, 1.45 * top))
+    ax.set(ylabel="nats", title="Distance from n-grams", ylim=(0, 1.45 * top))
     ax.legend(ncols=2, fontsize=7, loc="upper left")
     ax = axes[1, 0]
     curves = s.life.curves
@@ -1388,9 +1387,9 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
     for ax in axes.flat:
         on_steps(ax, ax in axes[1])
     run.figure("phases", fig, alt="Loss, divergences from n-grams, counts of features and accuracy per token along "
-               "training", caption="Two phases on one time axis: loss and distance from n-grams (top), features that "
-               "are alive, have appeared and have gone, accuracy per token and the dimensions they take (bottom)."
-               )  # fmt: skip
+               "training", caption="Two phases on one time axis: loss and distance from n-grams (top; of the first "
+               "model), features that are alive, have appeared and have gone, accuracy per token and the dimensions they "
+               "take (bottom).")  # fmt: skip
 
     fig, axes = figures.new(1, 2, height=3.8)
     labels = [f"start {g}" for g in range(cfg.crosscoder_seeds)] + [arm.name for arm in base.arms[1:]]

@@ -148,7 +148,7 @@ PRESETS = {
         documents=5_000, vocab_size=600, subset_sizes=(5_800,), held_out=400, length=40, blocks=4, width=64, heads=4,
         mlp_width=256, dropout=0.0, epochs=5, batch=64, lr=4e-3, schedule="warmup_linear", warmup=0.05, b2=0.98,
         slots=12, dispatch=10, checkpoint_every=2_000, harvest="once", latents=384, k=8, crosscoder_lr=3e-3,
-        crosscoder_batch=512, crosscoder_steps=600, ig_steps=20, buffer=32_768, dead_after=50_000, read_rows=400,
+        crosscoder_batch=512, crosscoder_steps=500, ig_steps=20, buffer=32_768, dead_after=50_000, read_rows=400,
         probe_tokens=3_000, pairs=120, top_k=(1, 2, 5, 10, 20, 50), browser_latents=120,
     ),
     "small": EvolutionConfig(
@@ -1388,8 +1388,8 @@ def draw(run: Run, cfg: EvolutionConfig, base: Base, s: Study) -> None:
         on_steps(ax, ax in axes[1])
     run.figure("phases", fig, alt="Loss, divergences from n-grams, counts of features and accuracy per token along "
                "training", caption="Two phases on one time axis: loss and distance from n-grams (top; of the first "
-               "model), features that are alive, have appeared and have gone, accuracy per token and the dimensions they "
-               "take (bottom).")  # fmt: skip
+               "model), features that are alive, have appeared and have gone, accuracy per token and the dimensions "
+               "they take (bottom).")  # fmt: skip
 
     fig, axes = figures.new(1, 2, height=3.8)
     labels = [f"start {g}" for g in range(cfg.crosscoder_seeds)] + [arm.name for arm in base.arms[1:]]

@@ -680,7 +680,7 @@ def test_no_array_of_all_rows_heads_and_latents_exists(name):
         compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()
         temporary[heads] = compiled.memory_analysis().temp_size_in_bytes
     assert rows * cfg.latents * 4 <= temporary[2]
-    # one array of codes a head would be 1; lists of candidates and what a compiler keeps of them (JAX 0.12: 0.37) are less
+    # one array of codes a head would be 1; candidate lists and what a compiler keeps (JAX 0.12: 0.37) are less
     assert (temporary[8] - temporary[2]) / 6 < 0.5 * 4 * rows * cfg.latents
 
 

@@ -98,7 +98,6 @@ class EvolutionConfig(apt.PretrainConfig):
                              "controls")  # fmt: skip
 
     read_rows: int = option(2_000, "held-out rows that are read", "evaluation", min=2)
-    passes: int = option(1, "masked models: maskings of every held-out row", "evaluation", min=1)
     probe_tokens: int = option(4_096, "held-out tokens for probes and regressions", "evaluation", min=16)
     theta: float = option(0.1, "strong match of the token confusion, as in experiments.apt", "evaluation", min=1e-6,
                           max=1.0)  # fmt: skip
@@ -301,8 +300,7 @@ def load_base(run: Run, cfg: EvolutionConfig) -> Base:
         if missing := sorted({*cfg.steps} - {*planned}):
             raise InputError(f"--steps {missing[0]}: snapshots will be at {', '.join(map(str, planned))}; correct it")
         plan = [(f"seed {cfg.seed + s}", cfg.seed + s, cfg.warmup, "") for s in range(cfg.seeds)]
-        total = cfg.epochs * steps_per_epoch(corpus.training[size].num_rows, cfg.batch)
-        differs = cfg.schedule == "warmup_linear" and round(total * cfg.warmup) != round(total * cfg.control_warmup)
+        differs = cfg.schedule == "warmup_linear" and round(last * cfg.warmup) != round(last * cfg.control_warmup)
         if cfg.control_warmup and not differs:
             run.say(f"--control-warmup {cfg.control_warmup:g} would train the same model again; it is left out")
         elif cfg.control_warmup:
@@ -598,11 +596,16 @@ def along_training(run: Run, cfg: EvolutionConfig, base: Base) -> dict[str, np.n
     token and its clusters; and the n-grams' entropies. Leading axes [A, H]."""
     windows, model, corpus = base.corpus.training[max(cfg.subset_sizes)], base.model, base.corpus
     exclude, V = specials(base), base.model.vocab_size
-    counts = None
-    for begin in range(0, windows.num_rows, 4_096):
-        batch = windows.batch(np.arange(begin, min(begin + 4_096, windows.num_rows)))
-        part = ngrams.count(batch["ids"], batch["segment"], V, exclude)
-        counts = part if counts is None else ngrams.add(counts, part)
+
+    def counted(windows: Windows, rows: np.ndarray) -> ngrams.Counts:
+        total = None
+        for begin in range(0, len(rows), 4_096):
+            batch = windows.batch(rows[begin : begin + 4_096])
+            part = ngrams.count(batch["ids"], batch["segment"], V, exclude)
+            total = part if total is None else ngrams.add(total, part)
+        return total
+
+    counts = counted(windows, np.arange(windows.num_rows))
     model_of = ngrams.fit(counts)
     masking = None if model.causal else apt.evaluation_masking(corpus)
     held = corpus.held_out
@@ -657,11 +660,7 @@ def along_training(run: Run, cfg: EvolutionConfig, base: Base) -> dict[str, np.n
     out |= {"apt": np.array(apt_of).reshape(shape), "kept": np.array(clustered)[:, 0].reshape(shape),
             "clustered": np.array(clustered)[:, 1].reshape(shape)}  # fmt: skip
     out |= {f"entropy_{name}": np.float64(value) for name, value in ngrams.entropies(counts).items()}
-    held_counts = None
-    for begin in range(0, len(rows), 4_096):
-        batch = held.batch(rows[begin : begin + 4_096])
-        part = ngrams.count(batch["ids"], batch["segment"], V, exclude)
-        held_counts = part if held_counts is None else ngrams.add(held_counts, part)
+    held_counts = counted(held, rows)
     return out | {f"floor_{name}": np.float64(v) for name, v in ngrams.cross_entropies(model_of, held_counts).items()}
 
 
@@ -706,13 +705,15 @@ def compare_baselines(cfg: EvolutionConfig, base: Base, trained: Trained) -> dic
         top = vectors[:, -k:]
         return test_ND @ top @ top.T
 
+    def of_snapshot(h: int, xhat_ND: np.ndarray) -> float:
+        return explained(test_c[:, [h]], xhat_ND[:, None])[0]
+
     N, _, D = x_NHD.shape
     joint = pca(fit_c.reshape(len(fit_c), -1), test_c.reshape(N, -1), k).reshape(N, H, D)
     out["pca_joint"] = explained(test_c, joint)
-    out["pca_each"] = np.array([explained(test_c[:, [h]], pca(fit_c[:, h], test_c[:, h], k)[:, None])[0]
-                                for h in range(H)])  # fmt: skip
-    out["from_last"] = np.array([explained(test_c[:, [h]], linear(fit_c[:, -1], fit_c[:, h], test_c[:, -1])[:, None])[0]
-                                 for h in range(H)])  # fmt: skip
+    out["pca_each"] = np.array([of_snapshot(h, pca(fit_c[:, h], test_c[:, h], k)) for h in range(H)])
+    last = [linear(fit_c[:, -1], fit_c[:, h], test_c[:, -1]) for h in range(H)]
+    out["from_last"] = np.array([of_snapshot(h, xhat_ND) for h, xhat_ND in enumerate(last)])
     if trained.alone is not None:
         alone_cfg, alone = trained.alone
         evs, l0s = [], []
@@ -733,13 +734,11 @@ def compare_baselines(cfg: EvolutionConfig, base: Base, trained: Trained) -> dic
                          for x in (x_NHD, sample))  # fmt: skip
         held = np.setdiff1d(np.arange(H), seen)
         for name, fit, test_codes in (("held_out", z_fit, z_test), ("held_out_seen", w_fit, w_test)):
-            out[name] = np.array(
-                [explained(test_c[:, [h]], linear(fit, fit_c[:, h], test_codes)[:, None])[0] for h in held]
-            )
+            out[name] = np.array([of_snapshot(h, linear(fit, fit_c[:, h], test_codes)) for h in held])
         near = []
         for h in held:  # what both neighbours tell without any crosscoder
             sides = [np.concatenate([x[:, h - 1], x[:, h + 1]], axis=1) for x in (fit_c, test_c)]
-            near.append(explained(test_c[:, [h]], linear(sides[0], fit_c[:, h], sides[1])[:, None])[0])
+            near.append(of_snapshot(h, linear(sides[0], fit_c[:, h], sides[1])))
         out |= {"held_out_H": held, "held_out_neighbours": np.array(near)}
     return out
 
@@ -1044,7 +1043,7 @@ def study(run: Run, cfg: EvolutionConfig, base: Base) -> Study:
             baselines["half_fires"],
             fine_birth,
             half_path.birth_F,
-            [base.steps[h] for h in trained.half_H],
+            half_steps,
         )
     return Study(found, training, baselines, attributed, tasks, path, [p for _, p in paths], life, share_H,
                  cosine_HH, shift, measures, complexity, controls)  # fmt: skip

@@ -6,6 +6,7 @@ A batch is a dict of arrays with leading axis B:
     row      [B] int32, the row's number in the data (its random numbers depend on the key and on this alone)
     valid    [B] bool, False for rows that only fill up the batch
     position, type [B, T] int32, optional
+    predict  [B, T] bool, optional, next-token loss only: the tokens that count as targets (say, those of an answer)
 """
 
 from __future__ import annotations
@@ -102,7 +103,10 @@ def masked_lm(cfg: TransformerConfig, masking: MaskingConfig) -> LossFn:
 
 
 def next_token(cfg: TransformerConfig) -> LossFn:
-    """Next-token loss at every position whose successor belongs to the same segment."""
+    """Next-token loss at every position whose successor belongs to the same segment.
+
+    With `predict` in the batch only the tokens that it marks are targets; everything else is read and costs nothing.
+    """
 
     def loss(params, batch, key):
         dropout = cfg.dropout > 0 or cfg.attention_dropout > 0
@@ -110,6 +114,8 @@ def next_token(cfg: TransformerConfig) -> LossFn:
         out_BTD, _ = transformer.forward(params, batch["ids"], cfg, keys_B=keys_B, **forward_inputs(batch))
         segment_BT = batch.get("segment", jnp.ones_like(batch["ids"]))
         valid_BT = (segment_BT[:, 1:] > 0) & (segment_BT[:, 1:] == segment_BT[:, :-1]) & batch["valid"][:, None]
+        if "predict" in batch:
+            valid_BT = valid_BT & batch["predict"][:, 1:]
         sums = token_sums(transformer.head(params, out_BTD[:, :-1], cfg), batch["ids"][:, 1:], valid_BT)
         return sums["loss"], sums
 

@@ -57,7 +57,8 @@ class OptimizerConfig:
 
     `schedule`: `epoch_linear` lowers the rate once an epoch, lr (E - e) / E in epoch e; `epoch_linear_main_py` is the
     same with epoch 0 at rate 0, as the authors' main.py does it; `warmup_linear` (ours) rises over `warmup` of the
-    steps and falls to zero, step by step; `constant`.
+    steps and falls to zero, step by step; `cosine` falls from the first step on; `step` (ours) divides the rate by ten
+    at half and again at three quarters of the steps; `constant`.
     """
 
     lr: float = 5e-5
@@ -69,7 +70,7 @@ class OptimizerConfig:
     warmup: float = 0.1
 
 
-SCHEDULES = ("epoch_linear", "epoch_linear_main_py", "warmup_linear", "constant")
+SCHEDULES = ("epoch_linear", "epoch_linear_main_py", "warmup_linear", "cosine", "step", "constant")
 
 
 def learning_rate(cfg: OptimizerConfig, step, steps, steps_per_epoch) -> jax.Array:
@@ -87,6 +88,10 @@ def learning_rate(cfg: OptimizerConfig, step, steps, steps_per_epoch) -> jax.Arr
     elif cfg.schedule == "warmup_linear":
         warmup = jnp.maximum(jnp.round(cfg.warmup * steps), 1.0)
         share = jnp.minimum((step + 1.0) / warmup, (steps - step) / jnp.maximum(steps - warmup, 1.0))
+    elif cfg.schedule == "cosine":
+        share = 0.5 * (1.0 + jnp.cos(jnp.pi * step / steps))
+    elif cfg.schedule == "step":
+        share = jnp.where(step < 0.5 * steps, 1.0, jnp.where(step < 0.75 * steps, 0.1, 0.01))
     else:
         raise InputError(f"schedule is {cfg.schedule!r}; choose one of {', '.join(SCHEDULES)}")
     return cfg.lr * share

@@ -4,12 +4,12 @@
                                                {4, 16, 64}, three seeds; about fifteen minutes on two cores
     python -m benchmarks.knowledge --quick     a small grid, which shows that it runs and nothing else
 
-27 pre-trainings of 1,500 steps and 81 fine-tunings of 300, each with its measurements. One at a time, a cell has the sizes
-of its own world and no room for others, one device, and every fine-tuning is on its own; a pre-training is shared by the
-fine-tunings that go on from it (`shared`), or done again for each of the 81 cells, as somebody would who calls for one
-cell after the other (`apart`: by the times of `shared`, not run). Each is done twice: `first` compiles, `again` finds
-everything compiled. What was found must be the same cell by cell. To compare under load give it the same few cores, say
-`taskset -c 0,1`; the persistent compilation cache is not used.
+27 pre-trainings of 1,500 steps and 81 fine-tunings of 300, each with its measurements. One at a time, a cell has the
+sizes of its own world and no room for others, one device, and every fine-tuning is on its own; a pre-training is shared
+by the fine-tunings that go on from it (`shared`), or done again for each of the 81 cells, as somebody would who calls
+for one cell after the other (`apart`: by the times of `shared`, not run). Each is done twice: `first` compiles, `again`
+finds everything compiled. What was found must be the same cell by cell. To compare under load give it the same few
+cores, say `taskset -c 0,1`; the persistent compilation cache is not used.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ def one_by_one(cfg: knowledge.KnowledgeConfig, run: Run, seconds: dict[str, list
 
 def differences(ours, theirs) -> dict[str, float]:
     """Largest difference of every compared value over all cells."""
-    out = {}
-    for names, mine, others in zip(COMPARED, ours, theirs, strict=True):
-        for name in names:
-XX
-    return out
+
+    def apart(mine, others, name):
+        return max(abs(float(np.nan_to_num(mine[k][name] - others[k][name]))) for k in mine)
+
+    pairs = zip(COMPARED, ours, theirs, strict=True)
+    return {name: apart(mine, others, name) for names, mine, others in pairs for name in names}
 
 
 def main() -> None:
@@ -93,18 +94,18 @@ def main() -> None:
                     seconds[f"{name}, {turn}"] = time.perf_counter() - start
             print(f"{name}, {turn}: {seconds[f'{name}, {turn}']:.1f} s", flush=True)
     differ = differences(results["together"], results["one by one"])
-    tunings = len(results["together"][1])
+    cells, tunings = (len(found) for found in results["together"])
     print(
         f"\n{jax.devices()[0].device_kind}, {jax.device_count()} devices, float32, JAX {jax.__version__}; "
-        f"{len(results['together'][0])} pre-trainings of {cfg.steps} steps, {tunings} fine-tunings of {cfg.tuning_steps}"
+        f"{cells} pre-trainings of {cfg.steps} steps, {tunings} fine-tunings of {cfg.tuning_steps}"
     )
     ratios = {}
     for turn in ("first", "again"):
-        bank = seconds[f"together, {turn}"]
+        bank, shared = seconds[f"together, {turn}"], seconds[f"one by one, {turn}"]
         repeated = sum(parts[turn]["tune"]) + len(cfg.tuned) * sum(parts[turn]["pretrain"])
-        ratios |= {f"shared, {turn}": seconds[f"one by one, {turn}"] / bank, f"apart, {turn}": repeated / bank}
+        ratios |= {f"shared, {turn}": shared / bank, f"apart, {turn}": repeated / bank}
         print(
-            f"{turn}: together {bank:.1f} s; one by one, pre-training shared {seconds[f'one by one, {turn}']:.1f} s "
+            f"{turn}: together {bank:.1f} s; one by one, pre-training shared {shared:.1f} s "
             f"({ratios[f'shared, {turn}']:.2f} times), each on its own {repeated:.1f} s ({ratios[f'apart, {turn}']:.2f})"
         )
     print("largest difference of a cell: " + ", ".join(f"{name} {value:.2g}" for name, value in differ.items()))

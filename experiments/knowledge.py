@@ -1054,6 +1054,7 @@ def write_tables(run: Run, cfg: KnowledgeConfig, s: Study) -> None:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
+@figures.style()
 def draw(run: Run, cfg: KnowledgeConfig, s: Study) -> None:
     if "grid" in s.ask:
         draw_grid(run, cfg, s)
@@ -1072,7 +1073,7 @@ def draw(run: Run, cfg: KnowledgeConfig, s: Study) -> None:
                     title="Answers never asked for")  # fmt: skip
         axes[1].set_xticks(cfg.confound_tuned, [str(n) for n in cfg.confound_tuned])
         axes[1].minorticks_off()
-        axes[1].legend(title="trained")
+        axes[0].legend(title="trained", loc="lower right")
         run.figure(
             "confound",
             fig,
@@ -1126,9 +1127,9 @@ def draw(run: Run, cfg: KnowledgeConfig, s: Study) -> None:
                     place, [m["mean"] for m in mean], width=0.38, yerr=error, capsize=2, label=name, ecolor="#444444"
                 )
             axes[p].set_xticks(np.arange(len(labels)), labels, fontsize=8)
-            axes[p].set(title=f"{pool} answers", ylim=(0, 1.05))
+            axes[p].set(title=f"{pool} answers", ylim=(0, 1.22))
         axes[0].set(ylabel="accuracy")
-        axes[1].legend(loc="lower right")
+        axes[1].legend(loc="upper center", ncols=2)
         run.figure(
             "ablation",
             fig,
@@ -1170,6 +1171,7 @@ def draw(run: Run, cfg: KnowledgeConfig, s: Study) -> None:
         )
 
 
+@figures.style()
 def draw_grid(run: Run, cfg: KnowledgeConfig, s: Study) -> None:
     of = s.ask["grid"]
     out = found_in(s.tunings, of, "extraction")

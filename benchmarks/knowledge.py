@@ -106,7 +106,8 @@ def main() -> None:
         ratios |= {f"shared, {turn}": shared / bank, f"apart, {turn}": repeated / bank}
         print(
             f"{turn}: together {bank:.1f} s; one by one, pre-training shared {shared:.1f} s "
-            f"({ratios[f'shared, {turn}']:.2f} times), each on its own {repeated:.1f} s ({ratios[f'apart, {turn}']:.2f})"
+            f"({ratios[f'shared, {turn}']:.2f} times), each on its own {repeated:.1f} s "
+            f"({ratios[f'apart, {turn}']:.2f})"
         )
     print("largest difference of a cell: " + ", ".join(f"{name} {value:.2g}" for name, value in differ.items()))
     if args.json:

@@ -43,8 +43,8 @@ from synthetic import facts
 from synthetic.facts import FactsConfig
 
 PAPER = "2508.00901"
-PARTS = ("grid", "trained", "gradient", "ablation", "schedules", "axes")
-AXES = ("sgd", "separate", "gaussian", "trained", "zipf")
+PARTS = ("grid", "trained", "gradient", "ablation", "schedules", "variations")
+VARIATIONS = ("sgd", "separate", "gaussian", "trained", "zipf")
 DRAWS = 4  # draws of noise that a question is asked with
 
 # what a member's key is folded with, one number a purpose
@@ -102,7 +102,7 @@ class KnowledgeConfig(knowledge_text.TextConfig):
         "parts",
         choices=train.SCHEDULES,
     )
-    axes: tuple[str, ...] = option(AXES, "variations of the part `axes`", "parts", choices=AXES)
+    variations: tuple[str, ...] = option(VARIATIONS, "changes of the part `variations`", "parts", choices=VARIATIONS)
     sgd_lr: float = option(2.0, "rate of stochastic gradient descent, pre-training", "parts", min=0.0)
     sgd_tuning_lr: float = option(0.5, "the same, fine-tuning", "parts", min=0.0)
 
@@ -150,10 +150,10 @@ class KnowledgeConfig(knowledge_text.TextConfig):
         return list(dict.fromkeys((self.schedule, *self.schedules)))
 
     @property
-    def all_axes(self) -> list[str]:
+    def all_variations(self) -> list[str]:
         """The grid's own first; Zipf exposure twice, by who is fine-tuned on."""
         both = {"zipf": ["zipf known", "zipf unknown"]}
-        return ["as the grid", *(name for axis in self.axes for name in both.get(axis, [axis]))]
+        return ["as the grid", *(name for change in self.variations for name in both.get(change, [change]))]
 
 
 PRESETS = {
@@ -288,7 +288,7 @@ def schedules(cfg: KnowledgeConfig) -> list:
     return [[[one(seed, name, n) for n in cfg.tuned] for name in cfg.all_schedules] for seed in cfg.seed_list]
 
 
-def axes(cfg: KnowledgeConfig) -> list:
+def variations(cfg: KnowledgeConfig) -> list:
     """One change at a time at the reference R, the grid's own first, [S][X][K][N_f]."""
 
     def one(seed, name, K, n):
@@ -302,11 +302,11 @@ def axes(cfg: KnowledgeConfig) -> list:
         changed = {"separate": "attention", "gaussian": "embedding", "trained": "embedding"}
         return make_tuning(cfg, make_cell(cfg, seed, model={changed[name]: name} if name in changed else {}, **base), n)
 
-    return [[[[one(seed, name, K, n) for n in cfg.tuned] for K in cfg.multiplicities] for name in cfg.all_axes]
+    return [[[[one(seed, name, K, n) for n in cfg.tuned] for K in cfg.multiplicities] for name in cfg.all_variations]
             for seed in cfg.seed_list]  # fmt: skip
 
 
-ASK = {"grid": grid, "trained": trained, "ablation": ablation, "schedules": schedules, "axes": axes}
+ASK = {"grid": grid, "trained": trained, "ablation": ablation, "schedules": schedules, "variations": variations}
 
 
 def flat(nested) -> list:
@@ -810,9 +810,9 @@ def judge(cfg: KnowledgeConfig, s: Study) -> list[Claim]:
         )
         claim("p10_extraction", "P10", f"And for extraction, N_f = {min(cfg.tuned)}: constant minus cosine",
               "differs from 0 by more than 0.05", either(out[:, constant] - out[:, cosine], 0.05))  # fmt: skip
-    if "axes" in s.ask and "zipf" in cfg.axes:
-        known, unknown = (cfg.all_axes.index(f"zipf {how}") for how in ("known", "unknown"))
-        out = found_in(s.tunings, s.ask["axes"], "extraction")[
+    if "variations" in s.ask and "zipf" in cfg.variations:
+        known, unknown = (cfg.all_variations.index(f"zipf {how}") for how in ("known", "unknown"))
+        out = found_in(s.tunings, s.ask["variations"], "extraction")[
             :, :, np.argmin(cfg.multiplicities), np.argmin(cfg.tuned)
         ]
         claim(
@@ -1155,16 +1155,16 @@ def draw(run: Run, cfg: KnowledgeConfig, s: Study) -> None:
         axes[1].legend(title="schedule")
         run.figure("schedules", fig, alt="Loss and extraction by schedule of the learning rate",
                    caption=f"R = {cfg.reference}, K = {min(cfg.multiplicities)}.")  # fmt: skip
-    if "axes" in s.ask:
-        out = found_in(s.tunings, s.ask["axes"], "extraction")[:, :, :, np.argmin(cfg.tuned)]
+    if "variations" in s.ask:
+        out = found_in(s.tunings, s.ask["variations"], "extraction")[:, :, :, np.argmin(cfg.tuned)]
         fig, ax = figures.new(height=3.6)
         for k, K in enumerate(cfg.multiplicities):
             figures.seed_band(ax, np.arange(out.shape[1]), out[:, :, k], label=f"K = {K}", linestyle="")
-        ax.set_xticks(np.arange(out.shape[1]), [name.replace(" ", "\n", 1) for name in cfg.all_axes])
+        ax.set_xticks(np.arange(out.shape[1]), [name.replace(" ", "\n", 1) for name in cfg.all_variations])
         ax.set(ylabel="extraction", ylim=(-0.05, 1.05), title=f"R = {cfg.reference}, N_f = {min(cfg.tuned)}")
         ax.legend()
         run.figure(
-            "axes",
+            "variations",
             fig,
             alt="Extraction under one change at a time",
             caption="Optimiser, key and query, embedding and exposure, one change at a time.",

@@ -337,3 +337,14 @@ def test_next_token_loss_respects_segments():
     pairs = [(b, t) for b in range(2) for t in range(7) if segment[b, t] == segment[b, t + 1] > 0]
     assert int(sums["count"]) == len(pairs) == 12
     np.testing.assert_allclose(sums["loss"], -sum(log_p[b, t, ids[b, t + 1]] for b, t in pairs), rtol=1e-5)
+
+    # `predict` marks the tokens that count as targets; all of them is as if it were not there
+    predict = np.zeros((2, 8), bool)
+    predict[0, [0, 2, 3, 5]] = predict[1, [6, 7]] = True  # the first of a segment has nobody who predicts it
+    loss = jax.jit(objectives.next_token(cfg))
+    _, marked = loss(params, jax.tree.map(jnp.asarray, batch | {"predict": predict}), jax.random.key(0))
+    kept = [(b, t) for b, t in pairs if predict[b, t + 1]]
+    assert int(marked["count"]) == len(kept) == 4
+    np.testing.assert_allclose(marked["loss"], -sum(log_p[b, t, ids[b, t + 1]] for b, t in kept), rtol=1e-5)
+    _, everything = loss(params, jax.tree.map(jnp.asarray, batch | {"predict": predict | True}), jax.random.key(0))
+    assert all(float(everything[name]) == float(sums[name]) for name in sums)

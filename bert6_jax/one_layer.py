@@ -188,11 +188,12 @@ def answers(params: Params, ids_XT: jax.Array, cfg: OneLayerConfig, used_V=None,
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
-def split(key: jax.Array, params: Params, cfg: OneLayerConfig, which: str, rank=1, room: int = 1):
+def split(key: jax.Array, params: Params, cfg: OneLayerConfig, which: str, rank=1, room: int = 1, name_V=None):
     """`(trained, frozen)` for one of `all`, `mlp_in` and `lora`; `assemble` puts them together again.
 
     LoRA: a normal(0, 0.1) [E, P], b = 0 [P, H], no extra scale. `rank` may be traced; a has `room` columns, those past
-    the rank are 0 and stay so to the bit, because their gradients are 0.
+    the rank are 0 and stay so to the bit, because their gradients are 0. `name_V` as in `init`: one-hot tokens draw
+    their row of a by it.
     """
     if which not in TRAINABLE:
         raise InputError(f"what is trained is {which!r}; choose one of {', '.join(TRAINABLE)}")
@@ -203,9 +204,13 @@ def split(key: jax.Array, params: Params, cfg: OneLayerConfig, which: str, rank=
         return {"in": params["in"]}, {k: v for k, v in params.items() if k != "in"}
     E, H = params["in"].shape
     column = jnp.arange(room)
-    # column by column, so that a rank's start does not depend on the room beside it
-    a_PE = jax.vmap(lambda p: jax.random.normal(jax.random.fold_in(key, p), (E,)))(column) * np.float32(0.1)
-    a_EP = jnp.where(column[None] < rank, a_PE.T, 0.0)
+    name_E = jnp.arange(E) if name_V is None or cfg.embedding != "one_hot" else jnp.asarray(name_V)
+
+    def entry(name, p):  # one by one, so that a start does not depend on the room for tokens or ranks beside it
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, p), name))
+
+    a_EP = jax.vmap(lambda name: jax.vmap(lambda p: entry(name, p))(column))(name_E) * np.float32(0.1)
+    a_EP = jnp.where(column[None] < rank, a_EP, 0.0)
     return {"a": a_EP, "b": jnp.zeros((room, H))}, params
 
 
@@ -330,7 +335,7 @@ def make_step(
         metrics = {"grad_norm": optax.tree.norm(norm_G), "count": jnp.ones(())}
         means = {name: total_G / count for name, total_G in sums.items()}
         all_G = sum(means[f"loss_{t}"] for t in at)
-        metrics["loss"] = jnp.where(finite_G, all_G, 0.0).sum() / jnp.maximum(finite_G.sum(), 1)
+        metrics["loss"] = jnp.where(finite_G, all_G, 0.0).sum() / jnp.maximum(finite_G.sum(dtype=jnp.float32), 1.0)
         for g in range(G):
             metrics |= {f"{name}_{g}": mean_G[g] for name, mean_G in means.items()}
             metrics[f"finite_{g}"] = finite_G[g].astype(jnp.float32)

@@ -608,12 +608,12 @@ def chosen(got: Acquired, tunings: Sequence[Tuning], base_J) -> jax.Array:
     return jnp.asarray(out)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def adapters(model: OneLayerConfig, which: str, room: int, params_G, base_J, key_J, rank_J):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def adapters(model: OneLayerConfig, world: FactsConfig, which: str, room: int, params_G, base_J, key_J, rank_J):
     """What is trained, [J, ...], and what is not, [G, ...]."""
 
     def one(key, base, rank):
-        return one_layer.split(key, take(params_G, base), model, which, rank, room)[0]
+        return one_layer.split(key, take(params_G, base), model, which, rank, room, facts.token_names(world))[0]
 
     frozen_G = jax.vmap(lambda params: one_layer.split(key_J[0], params, model, which)[1])(params_G)
     return jax.vmap(one)(key_J, base_J, rank_J), frozen_G
@@ -635,7 +635,7 @@ def extract(run: Run, name: str, got: Acquired, tunings: Sequence[Tuning], mesh)
         world_J, params_G = take(got.world, base_J), got.params()
         tuned_JN = chosen(got, tunings, base_J)
         ranks = jnp.array([t.rank for t in tunings], jnp.int32)
-        start_J, frozen_G = adapters(model, which, max(t.rank for t in tunings), params_G, base_J,
+        start_J, frozen_G = adapters(model, bank.world, which, max(t.rank for t in tunings), params_G, base_J,
                                      keys_of(cells, ADAPTER), ranks)  # fmt: skip
         inputs = {
             "rate": jnp.stack([recipe.rates(t.lr) for t in tunings]),
@@ -1109,24 +1109,12 @@ def draw(run: Run, cfg: KnowledgeConfig, s: Study) -> None:
         fig, axes = figures.new(1, 2, height=3.6, sharey=True)
         for p, pool in enumerate(POOLS):
             labels = ["stored", "unseen\ntemplate", *(f"extracted\nrank {rank}" for rank in cfg.ranks)]
+            groups = {}
             for k, name in enumerate(("with MLP", "attention only")):
-                values = [found_in(s.cells, cells_of(of), value)[:, p, k, 0] for value in ("store", "unseen")]
-                values += list(np.moveaxis(found_in(s.tunings, of, "extraction")[:, p, k], -1, 0))
-                mean = [interval(v) for v in values]
-                place = np.arange(len(values)) + 0.4 * k - 0.2
-                error = np.array(
-                    [
-                        [
-                            m["mean"] - (m["mean"] if m["low"] is None else m["low"]),
-                            (m["mean"] if m["high"] is None else m["high"]) - m["mean"],
-                        ]
-                        for m in mean
-                    ]
-                ).T
-                axes[p].bar(
-                    place, [m["mean"] for m in mean], width=0.38, yerr=error, capsize=2, label=name, ecolor="#444444"
-                )
-            axes[p].set_xticks(np.arange(len(labels)), labels, fontsize=8)
+                groups[name] = [found_in(s.cells, cells_of(of), value)[:, p, k, 0] for value in ("store", "unseen")]
+                groups[name] += list(np.moveaxis(found_in(s.tunings, of, "extraction")[:, p, k], -1, 0))
+            figures.grouped_bars(axes[p], labels, groups)
+            axes[p].tick_params(axis="x", labelsize=8)
             axes[p].set(title=f"{pool} answers", ylim=(0, 1.22))
         axes[0].set(ylabel="accuracy")
         axes[1].legend(loc="upper center", ncols=2)
@@ -1158,11 +1146,10 @@ def draw(run: Run, cfg: KnowledgeConfig, s: Study) -> None:
     if "variations" in s.ask:
         out = found_in(s.tunings, s.ask["variations"], "extraction")[:, :, :, np.argmin(cfg.tuned)]
         fig, ax = figures.new(height=3.6)
-        for k, K in enumerate(cfg.multiplicities):
-            figures.seed_band(ax, np.arange(out.shape[1]), out[:, :, k], label=f"K = {K}", linestyle="")
-        ax.set_xticks(np.arange(out.shape[1]), [name.replace(" ", "\n", 1) for name in cfg.all_variations])
-        ax.set(ylabel="extraction", ylim=(-0.05, 1.05), title=f"R = {cfg.reference}, N_f = {min(cfg.tuned)}")
-        ax.legend()
+        groups = {f"K = {K}": list(out[:, :, k].T) for k, K in enumerate(cfg.multiplicities)}
+        figures.grouped_bars(ax, [name.replace(" ", "\n", 1) for name in cfg.all_variations], groups)
+        ax.set(ylabel="extraction", ylim=(0, 1.2), title=f"R = {cfg.reference}, N_f = {min(cfg.tuned)}")
+        ax.legend(loc="upper center", ncols=len(groups))
         run.figure(
             "variations",
             fig,
@@ -1231,7 +1218,7 @@ def draw_grid(run: Run, cfg: KnowledgeConfig, s: Study) -> None:
     fig, ax = figures.new(height=3.2, width=5.0)
     for t, name in enumerate(("noise", "subject", "noise'", "template")):
         figures.seed_band(ax, found["attention_step"], mass[:, :, t], label=name)
-    ax.set(xlabel="step of pre-training", ylabel="attention", ylim=(0, None), xscale="symlog",
+    ax.set(xlabel="step of pre-training", ylabel="attention", ylim=(0, None), xlim=(0, None),
            title=f"Where the template looks, R = {cfg.reference}, K = {max(cfg.multiplicities)}")  # fmt: skip
     ax.legend()
     run.figure("attention", fig, alt="Attention of the template's position on each token over pre-training",

@@ -112,15 +112,13 @@ class TextConfig:
             if not getattr(self, name):
                 raise InputError(f"--{name.replace('_', '-')} is empty; give at least one value")
         if self.text_width % self.text_heads:
-            raise InputError(
-                f"--text-width {self.text_width} is not a multiple of --text-heads {self.text_heads}; change one"
-            )
+            width, heads = self.text_width, self.text_heads
+            raise InputError(f"--text-width {width} is not a multiple of --text-heads {heads}; change one of them")
 
     @property
     def axes(self) -> tuple[list[int], list[float], list[int]]:
         """K, shares and ranks, each in order."""
-        axes = (self.text_multiplicities, self.tuned_shares, self.text_ranks)
-        return tuple(sorted(set(values)) for values in axes)
+        return tuple(sorted(set(v)) for v in (self.text_multiplicities, self.tuned_shares, self.text_ranks))
 
 
 # --- facts, their text, and who is asked -----------------------------------------------------------------------------
@@ -308,13 +306,14 @@ def fit(run: Run, stage: str, optimizer: train.OptimizerConfig, steps: int, batc
         frozen=None):  # fmt: skip
     """`train.fit` with the habits of this study: curves in the log, checkpoints of long runs only."""
     rows = len(batch_at(0)["row"])
-    return train.fit(
+    state = train.fit(
         step, train.init_state(params, train.make_optimizer(optimizer, steps, steps), jax.random.key(0)), batch_at,
         train.FitConfig(steps, min(20, steps), CHECKPOINT_EVERY), frozen=frozen, mesh=apt.mesh_for(rows),
         folder=run.out / "checkpoints" / "text" / f"{stage}-state" if steps > CHECKPOINT_EVERY else None,
         description={"stage": stage}, on_metrics=lambda number, values: run.log(stage, number, **values),
         on_start=lambda number: run.rewind(stage, number), label=stage, tokens_per_step=rows * width, quiet=run.quiet,
-    ).params  # fmt: skip
+    )  # fmt: skip
+    return jax.device_put(jax.device_get(state.params))  # to one device: nothing after training is spread
 
 
 def pretrained(run: Run, cfg: TextConfig, world: World, K: int):
@@ -412,10 +411,7 @@ def complete(cfg: TextConfig, world: World, params, texts: Sequence[str]) -> tup
 
 
 def completed(cfg: TextConfig, world: World, params, stems: Sequence[str]) -> np.ndarray:
-    """Is a statement continued by its answer? int8 [Q]: 1 yes, 0 no, -1 there is no statement.
-
-    Token by token; of answers longer than N tokens the first N count.
-    """
+    """Is a statement continued by its answer's first N tokens? int8 [Q]: 1 yes, 0 no, -1 there is no statement."""
     answers = world.tokenizer.encode_batch([world.facts.facts[f].answer for f in world.asked_Q.tolist()])
     ids_QN, _ = complete(cfg, world, params, stems)
     rows = zip(stems, ids_QN, answers, strict=True)
@@ -452,9 +448,8 @@ def study(run: Run, cfg: TextConfig) -> Results:
     Ks, shares, ranks = cfg.axes
     for name, s, K in ((name, s, K) for name in worlds for s in range(cfg.text_seeds) for K in Ks):
         world = worlds[name][s]
-        text = json.dumps([world.documents[K], world.asked_Q.tolist()]).encode()
-        record = {"text": hashlib.sha256(text).hexdigest(), "vocabulary": world.tokenizer.sha256}
-        run.keep_record(f"{stage_name(world, K)}-text", record)
+        text = hashlib.sha256(json.dumps([world.documents[K], world.asked_Q.tolist()]).encode()).hexdigest()
+        run.keep_record(f"{stage_name(world, K)}-text", {"text": text, "vocabulary": world.tokenizer.sha256})
         model = cache(partial(pretrained, run, cfg, world, K))
 
         def before(world=world, K=K, model=model) -> dict[str, np.ndarray]:
@@ -660,18 +655,10 @@ def draw(run: Run, cfg: TextConfig, results: Results, name: str, relations: Sequ
     bars = {"stored": value("stored")[:, :, 0, 0], "new wording": value("new_wording")[:, :, 0, 0]}
     bars |= {"question, zero-shot": value("zero_shot")[:, :, 0, 0]}
     bars |= {f"question, {how}": value("extraction")[:, :, -1, r] for r, how in enumerate(hows)}
-    for i, (label, values_SK) in enumerate(bars.items()):
-        columns = [claims.interval(values_S) for values_S in values_SK.T]
-        mean, low, high = (np.array([c[key] for c in columns], float) for key in ("mean", "low", "high"))
-        place = np.arange(len(K_names)) + 0.8 / len(bars) * (i - (len(bars) - 1) / 2)
-        ax.bar(place, mean, 0.74 / len(bars), label=label, color=figures.PALETTE[i % len(figures.PALETTE)])
-        if np.isfinite(low).all():
-            error = np.stack([mean - np.clip(low, 0, 1), np.clip(high, 0, 1) - mean])
-            ax.errorbar(place, mean, error, fmt="none", ecolor="#444444", capsize=2)
+    bars = {label: values_SK.T for label, values_SK in bars.items()}
+    figures.grouped_bars(ax, K_names, bars, error_kw={"linewidth": 1})
     for metric, style, label in (("majority", "--", "majority answer"), ("never_told", ":", "never told")):
         ax.axhline(value(metric)[:, :, -1].mean(), color="#555555", linestyle=style, linewidth=1.2, label=label)
-    ax.set_xticks(np.arange(len(K_names)), K_names)
-    ax.grid(False, axis="x")
     ax.set(ylabel="share of facts", ylim=(0, 1.02), title=f"Stored and extracted, {name}")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     run.figure(
@@ -706,7 +693,8 @@ def draw(run: Run, cfg: TextConfig, results: Results, name: str, relations: Sequ
         ax.barh(place + 0.27 * (1 - i), [row[metric] for row in relations], 0.27, color=colour, label=metric)
     texts = [f"{row['relation'].replace('_', ' ')}: {row['question']} ({row['facts']})" for row in relations]
     ax.set_yticks(place, [figures.plain(text[:64]) for text in texts], fontsize=7.5)
-    ax.set(xlabel="share of held-out facts", xlim=(0, 1.02), title=f"By relation, {name}")
+    ax.set(xlabel="share of held-out facts", xlim=(0, 1.02), ylim=(-0.6, len(place) - 0.4))
+    ax.set_title(f"By relation, {name}")
     ax.grid(False, axis="y")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     run.figure(

@@ -280,7 +280,7 @@ def covered(world: World, tuned_N: jax.Array, cfg: FactsConfig) -> Covered:
     templates = (world.used_V & (np.arange(cfg.tokens.vocab_size) >= cfg.tokens.template)).sum()
     reached_NM = in_set_V[world.template_NMK].any(-1)
     held = (~tuned).sum().astype(jnp.float32)
-    reach = (reached_NM & ~tuned).sum() / jnp.where(held > 0, held, jnp.float32(jnp.nan))
+    reach = (reached_NM & ~tuned).sum(dtype=jnp.float32) / jnp.where(held > 0, held, jnp.float32(jnp.nan))
     return Covered(in_set_V.sum() / templates, reach, reached_NM, asked_V[world.answer_NM])
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from experiments.harness.claims import interval
+from experiments.harness.claims import interval, named
 
 # Okabe & Ito (2008), told apart with every common colour vision; their yellow is left out, it vanishes on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -100,6 +100,27 @@ def bars(ax, labels: Sequence, values, *, low=None, high=None, **options) -> Non
     place = np.arange(values.size)
     ax.bar(place, values, yerr=errors, **{"width": 0.7, "capsize": 3, "ecolor": "#444444"} | options)
     ax.set_xticks(place, [plain(label) for label in labels])
+    ax.grid(False, axis="x")
+
+
+@style()
+def grouped_bars(ax, labels: Sequence, groups: Mapping[str, Sequence[Sequence[float]]], **options) -> None:
+    """For every label one bar a group side by side: means over seeds with their 95 % t intervals, within [0, 1].
+
+    `groups` gives for every group's name and label the values of the seeds.
+    """
+    width = 0.8 / len(groups)
+    for g, (name, values_LS) in enumerate(groups.items()):
+        columns = [named("value", values_S, 0.0, 1.0) for values_S in values_LS]
+        mean, low, high = (
+            np.array([np.nan if c[key] is None else c[key] for c in columns], float)
+            for key in ("value", "value_low", "value_high")
+        )
+        error = np.nan_to_num(np.stack([mean - low, high - mean]))
+        place = np.arange(len(mean)) + (g - (len(groups) - 1) / 2) * width
+        looks = {"width": 0.95 * width, "capsize": 2, "ecolor": "#444444"} | options
+        ax.bar(place, mean, yerr=error, label=plain(name), **looks)
+    ax.set_xticks(np.arange(len(labels)), [plain(label) for label in labels])
     ax.grid(False, axis="x")
 
 

@@ -57,7 +57,7 @@ def test_everything_is_written(finished):
         "gradient",
         "ablation",
         "schedules",
-        "axes",
+        "variations",
     }
     ids = [claim["id"] for claim in json.loads((finished / "claims.json").read_text())]
     for p in range(1, 11):

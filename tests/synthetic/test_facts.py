@@ -22,7 +22,7 @@ from synthetic import facts
 from synthetic.facts import FactsConfig
 
 CASES = {
-    "private": FactsConfig(12, 2, 5, 2, 4, noise=3),
+    "private": FactsConfig(12, 2, 5, 2, 4, noise=3, zipf=0.5),
     "shared": FactsConfig(12, 2, 6, 3, 3, shared=True, noise=3, zipf=1.0),
 }
 ROOM = FactsConfig(12, 2, 7, 4, 5, noise=3)  # for both of them
@@ -72,13 +72,8 @@ def many(sizes: facts.Sizes, seed_X) -> facts.World:
 
 
 @cache
-def alone(case: str) -> Made:
-    return jax.device_get(make(CASES[case]))
-
-
-@cache
 def bank() -> dict[str, Made]:
-    """The same worlds with room to spare, stacked."""
+    """All cases in one program, with room to spare."""
     sizes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(cfg.sizes for cfg in CASES.values()))
     made = jax.device_get(make(ROOM, sizes))
     return {case: jax.tree.map(lambda x, g=g: x[g], made) for g, case in enumerate(CASES)}
@@ -96,13 +91,13 @@ def names(cfg: FactsConfig) -> list[tuple]:
     ]
 
 
-def named(ids, cfg: FactsConfig) -> list[tuple]:
+def named(ids, cfg: FactsConfig = ROOM) -> list[tuple]:
     """Rows of ids, any leading shape, as a list of rows of names."""
     token = names(cfg)
     return [tuple(token[i] for i in row) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
 
 
-def plain(world: facts.World, cfg: FactsConfig):
+def plain(world: facts.World, cfg: FactsConfig = ROOM):
     """T(s, m) as lists and ans(s, m), by name."""
     token, K = names(cfg), int(world.multiplicity)
     cells = list(itertools.product(range(cfg.subjects), range(cfg.attributes)))
@@ -134,18 +129,26 @@ NOISE = uniform(names(ROOM)[:Z], names(ROOM)[:Z])
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_world_is_what_the_sheet_says(case):
-    cfg, made = CASES[case], alone(case)
-    world, (T, answer) = made.world, plain(made.world, cfg)
+    cfg, made = CASES[case], bank()[case]
+    world, (T, answer) = made.world, plain(made.world)
+    assert world.multiplicity == cfg.multiplicity
     for s, m in itertools.product(range(N), range(M)):
         assert len(set(T[s, m])) == len(T[s, m]) == cfg.multiplicity
-        assert {name[:2] for name in T[s, m]} == {("template", m)}
-        assert answer[s, m][:2] == ("answer", 0 if cfg.shared else m)
+        assert all(name[:2] == ("template", m) and name[2] < cfg.templates for name in T[s, m])
+        kind, pool, a = answer[s, m]
+        assert (kind, pool) == ("answer", 0 if cfg.shared else m) and a < cfg.answers
+    rest = world.template_NMK[:, :, cfg.multiplicity :]
+    assert (rest == world.template_NMK[:, :, :1]).all()  # room repeats the first
     weight = np.arange(1.0, N + 1) ** -cfg.zipf
     np.testing.assert_allclose(np.sort(world.exposure_N)[::-1], weight / weight.sum(), rtol=1e-5)
     R, A = cfg.templates, cfg.answers
     assert world.used_V.sum() == N + M * R + (A if cfg.shared else M * A) + Z + M
-    for i, name in enumerate(names(cfg)):
-        there = name[0] != "answer" or not cfg.shared or name[1] == 0
+    for i, name in enumerate(names(ROOM)):
+        there = True
+        if name[0] == "answer":
+            there = name[2] < A and (name[1] == 0 or not cfg.shared)
+        elif name[0] == "template":
+            there = name[2] < R
         assert world.used_V[i] == there
         for kind in ("noise", "form", "subject", "answer", "template"):
             assert getattr(made.kinds, f"{kind}_V")[i] == (there and name[0] == kind)
@@ -153,27 +156,22 @@ def test_a_world_is_what_the_sheet_says(case):
             assert made.kinds.attribute_V[i] == name[1]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_sizes_as_data_give_the_same_facts_token_by_token(case):
-    cfg, small, big = CASES[case], alone(case), bank()[case]
-    K, R = cfg.multiplicity, cfg.templates
-    assert plain(big.world, ROOM) == plain(small.world, cfg) and big.world.multiplicity == K
+def test_sizes_as_data_give_the_same_facts_token_by_token():
+    cfg, big = CASES["private"], bank()["private"]
+    small, R = jax.device_get(make(cfg)), cfg.templates
+    assert plain(big.world) == plain(small.world, cfg)
     np.testing.assert_allclose(big.world.exposure_N, small.world.exposure_N, rtol=1e-6)
-    rest = big.world.template_NMK[:, :, K:]
-    assert (rest == big.world.template_NMK[:, :, :1]).all()  # room repeats the first
 
     def there(made, cfg):
-        return [
-            {n for n, of in zip(names(cfg), mask, strict=True) if of} for mask in (made.world.used_V, *made.kinds[:-1])
-        ]
+        masks = (made.world.used_V, *made.kinds[:-1])
+        return [{name for name, of in zip(names(cfg), mask, strict=True) if of} for mask in masks]
 
-    assert there(big, ROOM) == there(small, cfg)
+    assert there(big, ROOM) == there(small, cfg) and small.world.used_V.all()
     for field in ("statements", "asked", "weighted", "every_question"):
-        assert named(getattr(big, field), ROOM) == named(getattr(small, field), cfg)
-    assert named(big.every_statement[0][:, :, :R], ROOM) == named(small.every_statement[0], cfg)
+        assert named(getattr(big, field)) == named(getattr(small, field), cfg)
+    assert named(big.every_statement[0][:, :, :R]) == named(small.every_statement[0], cfg)
     for with_room, without in zip(big.every_statement[1:], small.every_statement[1:], strict=True):
         np.testing.assert_array_equal(with_room[:, :, :R], without)
-        assert not with_room[:, :, R:].any()
     for a, b in zip(big.covered, small.covered, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
@@ -181,8 +179,8 @@ def test_sizes_as_data_give_the_same_facts_token_by_token(case):
 @cache
 def worlds(R=5, K=2, A=4) -> facts.World:
     """600 of them, exposure by rank."""
-    sizes = ROOM.sizes._replace(**dict(zip(("templates", "multiplicity", "answers"), map(jnp.int32, (R, K, A)), strict=True)))
-    return jax.device_get(many(sizes._replace(zipf=jnp.float32(1.0)), np.arange(600)))
+    sizes = facts.Sizes(*map(jnp.int32, (R, K, A)), jnp.asarray(False), jnp.float32(1.0))
+    return jax.device_get(many(sizes, np.arange(600)))
 
 
 def test_templates_of_a_smaller_multiplicity_lie_in_those_of_a_larger():
@@ -196,7 +194,7 @@ def test_draws_are_uniform_and_independent():
     made = worlds()
     drawn, pairs = [], list(itertools.combinations(range(5), 2))
     for x in range(600):
-        T, answer = plain(jax.tree.map(lambda leaf, x=x: leaf[x], made), ROOM)
+        T, answer = plain(jax.tree.map(lambda leaf, x=x: leaf[x], made))
         drawn += [[(tuple(r for _, _, r in T[s, m]), answer[s, m][2]) for m in range(M)] for s in range(N)]
     expect_frequencies([tuple(tuple(sorted(T)) for T, _ in of) for of in drawn], uniform(pairs, pairs))
     found = [(of[0][1], of[1][1], tuple(sorted(of[0][0]))) for of in drawn]
@@ -224,8 +222,8 @@ def test_token_names_are_unique_and_room_does_not_change_them():
 @pytest.mark.parametrize("case", CASES)
 def test_statements_are_true_and_as_frequent_as_they_should_be(case):
     made = bank()[case]
-    T, answer = plain(made.world, ROOM)
-    rows = named(made.statements, ROOM)
+    T, answer = plain(made.world)
+    rows = named(made.statements)
     assert len(rows) == ROWS and made.statements.dtype == np.int32
     for (kind, _), (subject, s), (again, _), r, a in rows:
         assert (kind, subject, again) == ("noise", "subject", "noise")
@@ -236,54 +234,51 @@ def test_statements_are_true_and_as_frequent_as_they_should_be(case):
     expect_frequencies([(row[0], row[2]) for row in rows], NOISE)
 
 
-def check_questions(ids, answer, cfg, share: dict):
-    rows = named(ids, cfg)
-    assert len(rows) == ROWS and ids.dtype == np.int32
-    for (kind, _), (_, s), (again, _), (form, m), a in rows:
-        assert (kind, again, form) == ("noise", "noise", "form") and a == answer[s, m]
-    expected = {(("subject", s), ("form", m)): p / M for s, p in share.items() for m in range(M)}
-    expect_frequencies([(row[1], row[3]) for row in rows], expected)
-    expect_frequencies([(row[0], row[2]) for row in rows], NOISE)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_questions_are_only_about_the_mask(case):
-    made = alone(case)
-    _, answer = plain(made.world, CASES[case])
-    for tuned, ids in zip(TUNED[1:], made.asked, strict=True):
-        check_questions(ids, answer, CASES[case], dict.fromkeys(tuned, 1 / len(tuned)))
-    check_questions(made.weighted, answer, CASES[case], {1: 1 / 2, 2: 1 / 6, 4: 1 / 3})
+    made = bank()[case]
+    _, answer = plain(made.world)
+    shares = [dict.fromkeys(tuned, 1 / len(tuned)) for tuned in TUNED[1:]]
+    for share, ids in zip([*shares, {1: 1 / 2, 2: 1 / 6, 4: 1 / 3}], [*made.asked, made.weighted], strict=True):
+        rows = named(ids)
+        assert len(rows) == ROWS and ids.dtype == np.int32
+        for (kind, _), (_, s), (again, _), (form, m), a in rows:
+            assert (kind, again, form) == ("noise", "noise", "form") and a == answer[s, m]
+        expected = {(("subject", s), ("form", m)): p / M for s, p in share.items() for m in range(M)}
+        expect_frequencies([(row[1], row[3]) for row in rows], expected)
+        expect_frequencies([(row[0], row[2]) for row in rows], NOISE)
 
 
 def test_rounding_up_to_the_whole_weight_stays_within_the_mask(monkeypatch):
     """A draw below 1 times the sum of the weights may round to the sum, which lies beyond everybody's share."""
-    world = jax.tree.map(jnp.asarray, alone("private").world)
+    world = jax.tree.map(jnp.asarray, bank()["private"].world)
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.ones(shape))
     mask_N = jnp.asarray(MASK_TN[3])
-    ask = quick(lambda key: facts.sample_questions(key, world, CASES["private"], mask_N, 3))
-    assert {row[1] for row in named(np.asarray(ask(jax.random.key(0))), CASES["private"])} == {("subject", 7)}
+    ask = quick(lambda key: facts.sample_questions(key, world, ROOM, mask_N, 3))
+    assert {row[1] for row in named(np.asarray(ask(jax.random.key(0))))} == {("subject", 7)}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_statements_are_the_own_and_the_unseen(case):
-    cfg, made = CASES[case], alone(case)
-    T, answer = plain(made.world, cfg)
-    (ids, own, unseen), R = made.every_statement, cfg.templates
+    cfg, made = CASES[case], bank()[case]
+    T, answer = plain(made.world)
+    (ids, own, unseen), R = made.every_statement, ROOM.templates
     assert ids.shape == (N, M, R, facts.LENGTH) and ids.dtype == np.int32
-    rows = named(ids, cfg)
+    rows = named(ids)
     for row, (s, m, r) in zip(rows, itertools.product(range(N), range(M), range(R)), strict=True):
         assert row[1] == ("subject", s) and row[3] == ("template", m, r) and row[4] == answer[s, m]
-        assert own[s, m, r] == (("template", m, r) in T[s, m]) != unseen[s, m, r]
+        assert own[s, m, r] == (("template", m, r) in T[s, m])
+        assert unseen[s, m, r] == (not own[s, m, r] and r < cfg.templates)  # room is neither
     expect_frequencies([(row[0], row[2]) for row in rows], NOISE)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_questions(case):
-    cfg, made = CASES[case], alone(case)
-    _, answer = plain(made.world, cfg)
+    made = bank()[case]
+    _, answer = plain(made.world)
     ids = made.every_question
     assert ids.shape == (N, M, X, facts.LENGTH) and ids.dtype == np.int32
-    rows = named(ids, cfg)
+    rows = named(ids)
     for row, (s, m, _) in zip(rows, itertools.product(range(N), range(M), range(X)), strict=True):
         assert row[1] == ("subject", s) and row[3] == ("form", m) and row[4] == answer[s, m]
     expect_frequencies([(row[0], row[2]) for row in rows], NOISE)
@@ -295,7 +290,7 @@ def test_all_questions(case):
 @pytest.mark.parametrize("case", CASES)
 def test_covered_against_loops(case):
     cfg, made = CASES[case], bank()[case]
-    T, answer = plain(made.world, ROOM)
+    T, answer = plain(made.world)
     for t, tuned in enumerate(TUNED):
         found = jax.tree.map(lambda x, t=t: x[t], made.covered)
         C = {r for (s, _), of in T.items() if s in tuned for r in of}
@@ -333,7 +328,7 @@ def test_reach_probability_against_enumeration(R, K):
 @cache
 def chosen() -> dict[str, np.ndarray]:
     """Who is chosen by each rule, by seed and count, bool [X, N + 1, N]."""
-    world = alone("shared").world
+    world = bank()["shared"].world
 
     def of(how, key):
         return jax.vmap(lambda count: facts.choose_subjects(key, world, count, how))(jnp.arange(N + 1))
@@ -346,7 +341,7 @@ def chosen() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("how", facts.CHOICES)
 def test_chosen_sets_lie_in_each_other(how):
-    world = alone("shared").world
+    world = bank()["shared"].world
     exposure, answer = world.exposure_N, world.answer_NM[:, 0]
     for sets in chosen()[how][:20]:
         assert (sets.sum(1) == np.arange(N + 1)).all()
@@ -364,7 +359,7 @@ def test_chosen_sets_lie_in_each_other(how):
 
 @pytest.mark.parametrize("how", ["random", "stratified"])
 def test_choices_are_random(how):
-    answer = alone("shared").world.answer_NM[:, 0]
+    answer = bank()["shared"].world.answer_NM[:, 0]
     kinds = sorted(set(answer.tolist()))
     sets = chosen()[how][:, len(kinds)]
     if how == "stratified":  # one of each answer, everybody of an answer alike
@@ -381,8 +376,8 @@ def test_choices_are_random(how):
 @pytest.mark.parametrize("case", CASES)
 def test_loss_floor_is_the_entropy_of_the_next_token(case):
     """H(r | s) of the world, by enumeration; given r, the answer is certain."""
-    cfg, world = CASES[case], alone(case).world
-    T, _ = plain(world, cfg)
+    cfg, world = CASES[case], bank()[case].world
+    T, _ = plain(world)
     p = {(s, r): 1 / (M * cfg.multiplicity) for (s, _), of in T.items() for r in of}
     assert len(p) == N * M * cfg.multiplicity
     entropy = [-sum(q * math.log(q) for (t, _), q in p.items() if t == s) for s in range(N)]
@@ -432,6 +427,6 @@ def test_sizes_that_no_world_has(fields, match):
 
 
 def test_an_unknown_choice_is_named_with_the_known_ones():
-    world = alone("private").world
+    world = bank()["private"].world
     with pytest.raises(InputError, match="'best'; choose one of random, stratified, known, unknown"):
         jax.eval_shape(lambda key: facts.choose_subjects(key, world, 3, "best"), jax.random.key(0))

@@ -62,10 +62,10 @@ class TextConfig:
     seeds: int = option(3, "number of seeds; from 2 on intervals are over seeds", "run settings", min=1)
 
     text: tuple[str, ...] = text_option(("biographies",), "sets for language models; empty: none", choices=SETS)
-    text_seeds: int = text_option(1, "seeds of the language models, from --seed on", min=1)
+    text_seeds: int = text_option(3, "seeds of the language models, from --seed on", min=1)
     text_multiplicities: tuple[int, ...] = text_option((1, 2, 4), "K: wordings that a fact is read in", min=1)
     tuned_shares: tuple[float, ...] = text_option(
-        (0.05, 0.2, 0.5), "shares of the subjects that fine-tuning sees", min=1e-6, max=0.999
+        (0.1, 0.5), "shares of the subjects that fine-tuning sees", min=1e-6, max=0.999
     )
     text_ranks: tuple[int, ...] = text_option((0, 8), "ranks of the adapters; 0: all parameters", min=0)
     text_targets: tuple[str, ...] = text_option(lora.TARGETS, "matrices with adapters", choices=lora.TARGETS)
@@ -96,7 +96,7 @@ class TextConfig:
     text_width: int = text_option(128, "width of the residual stream", min=1)
     text_heads: int = text_option(4, "attention heads", min=1)
 
-    text_steps: int = text_option(1_500, "pre-training steps, the same for every K", min=1)
+    text_steps: int = text_option(1_200, "pre-training steps, the same for every K", min=1)
     text_batch: int = text_option(16, "rows of a batch", min=1)
     text_lr: float = text_option(2e-3, "AdamW learning rate", min=0.0)
     text_schedule: str = text_option("warmup_linear", "schedule of all trainings", choices=train.SCHEDULES)

@@ -345,7 +345,7 @@ def make_step(
     return step
 
 
-# --- measurements: sets of ids are given as bool [V] -------------------------------------------------------------------
+# --- measurements: sets of ids are given as bool [V] ------------------------------------------------------------------
 
 
 class Spectrum(NamedTuple):
@@ -362,9 +362,9 @@ def gradient_spectrum(
 ) -> Spectrum:
     """The gradient of the fine-tuning loss with respect to W_in, before fine-tuning.
 
-    At a random start the top share is already .88 to .91, and the mass of the top left vector on the format row is given
-    by the data: only the cosine tells learning (compare with `init`). One-hot embeddings only, where rows of W_in belong
-    to tokens.
+    At a random start the top share is already .88 to .91, and the mass of the top left vector on the format row is
+    given by the data: only the cosine tells learning (compare with `init`). One-hot embeddings only, where rows of
+    W_in belong to tokens.
     """
     if cfg.embedding != "one_hot":
         raise InputError("the gradient's rows are tokens only where the embedding is one_hot")
@@ -387,7 +387,7 @@ def _cosine(a, b) -> jax.Array:
     return (a * b).sum(-1) / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-12)
 
 
-def direction_change(before_VH: jax.Array, after_VH: jax.Array, form_V, template_V, subject_V) -> dict[str, jax.Array]:
+def direction_change(before_VH, after_VH, form_V, template_V, subject_V) -> dict[str, jax.Array]:
     """Where fine-tuning moved the format rows of W_in: cosine of their mean change with the mean template row
     (`template`), and the mean cosine with the subjects' rows (`subject`), both taken before fine-tuning."""
     moved_H = _mean_row(after_VH - before_VH, form_V)

@@ -6,9 +6,9 @@ T(s, m), drawn without replacement. A statement is [n, s, n', r, a]: noise, subj
 is [n, s, n', p_m, a] with the attribute's format token in the place of the template.
 
 Everything is a pure function of a key. A `World` is arrays only; the sizes R, K, A, the sharing of answers and the
-exposure are data (`Sizes`), within what a configuration has room for, so that worlds of all of them stack into a bank by
-`vmap`, and one with room to spare equals, token by token, the one without. Letters: N subjects, M attributes, R room for
-templates of an attribute, K room for templates of a fact, V tokens, X draws of noise.
+exposure are data (`Sizes`), within what a configuration has room for, so that worlds of all of them stack into a bank
+by `vmap`, and one with room to spare equals, token by token, the one without. Letters: N subjects, M attributes, R room
+for templates of an attribute, K room for templates of a fact, V tokens, X draws of noise.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _draw(key, cfg: FactsConfig, weight_N, rows: int):
     keys = jax.random.split(key, 3)
     up_to_N = jnp.cumsum(weight_N)
     point_B = jax.random.uniform(keys[0], (rows,)) * up_to_N[-1]
-    # by comparison: a binary search compiles longer than it runs; the last subject with a weight takes what rounding leaves
+    # by comparison: a binary search compiles longer than it runs; the last with a weight takes what rounding leaves
     last = (up_to_N < up_to_N[-1]).sum(dtype=jnp.int32)
     s_B = jnp.minimum((up_to_N[None] <= point_B[:, None]).sum(1, dtype=jnp.int32), last)
     m_B = jax.random.randint(keys[1], (rows,), 0, cfg.attributes, jnp.int32)

@@ -409,12 +409,12 @@ def train_all(s: Setting, devices: int = 1, loop: bool | None = None):
     return state.params, [take(metrics, c) for c in range(s.recipe.chunks)]
 
 
-def fit(s: Setting, on_snapshot=lambda step, params: None):
+def fit(s: Setting, on_snapshot=lambda step, params: None, state=None):
     """The same by `train.fit`."""
     seen = []
     cfg = train.FitConfig(s.recipe.chunks, dispatch=2, snapshots=tuple(range(s.recipe.chunks + 1)))
     state = train.fit(
-        s.step(), s.state, lambda step: {"row": np.zeros(1, np.int32)}, cfg, frozen=s.inputs, quiet=True,
+        s.step(), state or s.state, lambda step: {"row": np.zeros(1, np.int32)}, cfg, frozen=s.inputs, quiet=True,
         on_metrics=lambda step, metrics: seen.append(metrics), on_snapshot=on_snapshot,
     )  # fmt: skip
     return jax.device_get(state.params), seen
@@ -566,9 +566,19 @@ def test_sgd_against_numpy_and_a_member_that_diverges():
     assert [now["finite_1"] for now in flagged][-3:] == [0.0] * 3
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(apart))
     jax.tree.map(np.testing.assert_array_equal, take(snapshots[2], 1), take(snapshots[-1], 1))  # stays where it was
-    for now in flagged[-3:]:
+    for now in flagged:  # of the others alone
         assert now["loss"] == pytest.approx(sum(now[f"loss_{t}_{g}"] for t in (2, 3) for g in (0, 2)) / 2)
-        assert now["loss_2_1"] == now["hits_3_1"] == 0.0
+    assert all(now["loss_2_1"] == now["hits_3_1"] == 0.0 for now in flagged[-3:])
+
+
+def test_a_member_that_was_stopped_stays_so():
+    s, models, metrics = pretrained()
+    stopped = s.state.replace(opt_state=s.state.opt_state | {"finite": np.array([True, False, True])})
+    again, flagged = fit(s, state=stopped)
+    jax.tree.map(np.testing.assert_array_equal, take(again, 1), take(s.start, 1))
+    for g in (0, 2):
+        jax.tree.map(np.testing.assert_array_equal, take(again, g), take(models, g))
+    assert [[now[f"finite_{g}"] for g in range(3)] for now in flagged] == [[1.0, 0.0, 1.0]] * s.recipe.chunks
 
 
 def test_rates_against_formulas():

@@ -206,7 +206,7 @@ def test_draws_are_uniform_and_independent():
 
 def test_token_names_are_unique_and_room_does_not_change_them():
     by_name = {}
-    configs = [*CASES.values(), ROOM, FactsConfig(12, 2, 40, 1, 3, noise=3), FactsConfig(12, 2, 2, 1, 50, noise=3)]
+    configs = [*CASES.values(), ROOM, FactsConfig(12, 2, 300, 1, 3, noise=3), FactsConfig(12, 2, 2, 1, 400, noise=3)]
     for cfg in configs:
         numbers = facts.token_names(cfg)
         assert numbers.dtype == np.int32 and numbers.min() >= 0
@@ -249,13 +249,14 @@ def test_questions_are_only_about_the_mask(case):
         expect_frequencies([(row[0], row[2]) for row in rows], NOISE)
 
 
-def test_rounding_up_to_the_whole_weight_stays_within_the_mask(monkeypatch):
-    """A draw below 1 times the sum of the weights may round to the sum, which lies beyond everybody's share."""
+@pytest.mark.parametrize(("drawn", "subject"), [(0.0, 2), (1.0, 7)])
+def test_the_ends_of_what_is_drawn_stay_within_the_mask(monkeypatch, drawn, subject):
+    """A draw may be 0, and one below 1 times the sum of the weights may round to the sum, beyond everybody's share."""
     world = jax.tree.map(jnp.asarray, bank()["private"].world)
-    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.ones(shape))
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, drawn))
     mask_N = jnp.asarray(MASK_TN[3])
     ask = quick(lambda key: facts.sample_questions(key, world, ROOM, mask_N, 3))
-    assert {row[1] for row in named(np.asarray(ask(jax.random.key(0))))} == {("subject", 7)}
+    assert {row[1] for row in named(np.asarray(ask(jax.random.key(0))))} == {("subject", subject)}
 
 
 @pytest.mark.parametrize("case", CASES)

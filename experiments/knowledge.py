@@ -44,6 +44,7 @@ from synthetic.facts import FactsConfig
 
 PAPER = "2508.00901"
 PARTS = ("grid", "trained", "gradient", "ablation", "schedules", "variations")
+SCHEDULES = tuple(name for name in train.SCHEDULES if not name.startswith("epoch"))  # a run here is one epoch
 VARIATIONS = ("sgd", "separate", "gaussian", "trained", "zipf")
 DRAWS = 4  # draws of noise that a question is asked with
 
@@ -74,7 +75,7 @@ class KnowledgeConfig(knowledge_text.TextConfig):
     steps: int = option(1_500, "steps of pre-training", "one layer", min=25)
     batch: int = option(256, "rows of a step of pre-training", "one layer", min=1)
     lr: float = option(3e-3, "its learning rate", "one layer", min=0.0)
-    schedule: str = option("cosine", "its schedule", "one layer", choices=train.SCHEDULES)
+    schedule: str = option("cosine", "its schedule", "one layer", choices=SCHEDULES)
     trainable: str = option("lora", "what fine-tuning trains in the grid", "one layer", choices=one_layer.TRAINABLE)
     rank: int = option(1, "rank of the adapter of W_in", "one layer", min=1)
     tuning_steps: int = option(300, "steps of fine-tuning an adapter", "one layer", min=25)
@@ -907,6 +908,9 @@ def judge_grid(cfg: KnowledgeConfig, s: Study, claim) -> None:
     claim("p7_hallucination", "P7", f"Low coverage: stored but not extracted, store minus extraction, {at}, K = "
           f"{cfg.multiplicities[least_K]}, N_f = {cfg.tuned[least_n]}", "above 0.1",
           claims.greater_than(lost, 0.1))  # fmt: skip
+    claim("p7_confident", "P7", "What is stored but not extracted is answered wrongly with confidence: share with a "
+          "probability above one half, in the same cell", "above 0.5",
+          claims.greater_than(found_in(s.tunings, of, "hallucination")[:, ref, least_K, least_n], 0.5))  # fmt: skip
     claim("p8_lowrank", "P8", f"Low-rank fine-tuning is enough ({cfg.trainable}): extraction, {at}, K = "
           f"{cfg.multiplicities[most_K]}, N_f = {max(cfg.tuned)}", "above 0.9",
           claims.greater_than(out[:, ref, most_K, np.argmax(cfg.tuned)], 0.9))  # fmt: skip

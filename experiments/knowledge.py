@@ -101,7 +101,7 @@ class KnowledgeConfig(knowledge_text.TextConfig):
         ("constant", "warmup_linear", "step"),
         "schedules that the part `schedules` puts beside --schedule",
         "parts",
-        choices=train.SCHEDULES,
+        choices=SCHEDULES,
     )
     variations: tuple[str, ...] = option(VARIATIONS, "changes of the part `variations`", "parts", choices=VARIATIONS)
     sgd_lr: float = option(2.0, "rate of stochastic gradient descent, pre-training", "parts", min=0.0)

@@ -70,7 +70,8 @@ class OptimizerConfig:
     warmup: float = 0.1
 
 
-SCHEDULES = ("epoch_linear", "epoch_linear_main_py", "warmup_linear", "cosine", "step", "constant")
+STEP_SCHEDULES = ("warmup_linear", "cosine", "step", "constant")  # that need no epochs
+SCHEDULES = ("epoch_linear", "epoch_linear_main_py", *STEP_SCHEDULES)
 
 
 def learning_rate(cfg: OptimizerConfig, step, steps, steps_per_epoch) -> jax.Array:

@@ -44,7 +44,6 @@ from synthetic.facts import FactsConfig
 
 PAPER = "2508.00901"
 PARTS = ("grid", "trained", "gradient", "ablation", "schedules", "variations")
-SCHEDULES = tuple(name for name in train.SCHEDULES if not name.startswith("epoch"))  # a run here is one epoch
 VARIATIONS = ("sgd", "separate", "gaussian", "trained", "zipf")
 DRAWS = 4  # draws of noise that a question is asked with
 
@@ -75,7 +74,7 @@ class KnowledgeConfig(knowledge_text.TextConfig):
     steps: int = option(1_500, "steps of pre-training", "one layer", min=25)
     batch: int = option(256, "rows of a step of pre-training", "one layer", min=1)
     lr: float = option(3e-3, "its learning rate", "one layer", min=0.0)
-    schedule: str = option("cosine", "its schedule", "one layer", choices=SCHEDULES)
+    schedule: str = option("cosine", "its schedule", "one layer", choices=train.STEP_SCHEDULES)
     trainable: str = option("lora", "what fine-tuning trains in the grid", "one layer", choices=one_layer.TRAINABLE)
     rank: int = option(1, "rank of the adapter of W_in", "one layer", min=1)
     tuning_steps: int = option(300, "steps of fine-tuning an adapter", "one layer", min=25)
@@ -101,7 +100,7 @@ class KnowledgeConfig(knowledge_text.TextConfig):
         ("constant", "warmup_linear", "step"),
         "schedules that the part `schedules` puts beside --schedule",
         "parts",
-        choices=SCHEDULES,
+        choices=train.STEP_SCHEDULES,
     )
     variations: tuple[str, ...] = option(VARIATIONS, "changes of the part `variations`", "parts", choices=VARIATIONS)
     sgd_lr: float = option(2.0, "rate of stochastic gradient descent, pre-training", "parts", min=0.0)

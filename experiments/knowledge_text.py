@@ -99,7 +99,7 @@ class TextConfig:
     text_steps: int = text_option(1_200, "pre-training steps, the same for every K", min=1)
     text_batch: int = text_option(16, "rows of a batch", min=1)
     text_lr: float = text_option(2e-3, "AdamW learning rate", min=0.0)
-    text_schedule: str = text_option("warmup_linear", "schedule of all trainings", choices=train.SCHEDULES)
+    text_schedule: str = text_option("warmup_linear", "schedule of all trainings", choices=train.STEP_SCHEDULES)
     text_tune_steps: int = text_option(200, "fine-tuning steps, the same for every share", min=1)
     text_tune_batch: int = text_option(32, "questions of a batch", min=1)
     text_tune_lr: float = text_option(5e-4, "AdamW learning rate of full fine-tuning", min=0.0)
@@ -111,6 +111,11 @@ class TextConfig:
         for name in ("text_multiplicities", "tuned_shares", "text_ranks", "text_targets", "text_attributes"):
             if not getattr(self, name):
                 raise InputError(f"--{name.replace('_', '-')} is empty; give at least one value")
+        if "biographies" in self.text and max(self.text_multiplicities) > self.text_wordings:
+            raise InputError(
+                f"--text-multiplicities {max(self.text_multiplicities)} is larger than --text-wordings "
+                f"{self.text_wordings}; entries of a person differ in wording: lower the one or raise the other"
+            )
         if self.text_width % self.text_heads:
             width, heads = self.text_width, self.text_heads
             raise InputError(f"--text-width {width} is not a multiple of --text-heads {heads}; change one of them")
@@ -176,9 +181,9 @@ def told_real(cfg: TextConfig, seed: int):
     sets += [fact_data.read_popqa(cfg.popqa)] if cfg.popqa is not None else []
     if not sets:
         raise InputError("--text real needs --pararel FOLDER or --popqa FILE; give one, or --text biographies")
-    facts = fact_data.merge(*sets)
+    facts = once(fact_data.merge(*sets))
     if cfg.text_facts:
-        place_F = random(seed, 1).permutation(len(facts.facts))
+        place_F = generator(seed, 1).permutation(len(facts.facts))
         relation_F = np.array([fact.relation for fact in facts.facts])
         groups = [np.flatnonzero(relation_F == relation) for relation in dict.fromkeys(relation_F.tolist())]
         kept = np.sort(np.concatenate([of[np.argsort(place_F[of])][: cfg.text_facts] for of in groups]))
@@ -197,7 +202,26 @@ def told_real(cfg: TextConfig, seed: int):
     return facts, told_F, documents, stem, worded_FK
 
 
-def random(seed: int, stream: int) -> np.random.Generator:
+def once(facts: Facts) -> Facts:
+    """Facts of which none gives another away: one subject and question is one fact, with the answers of all sets, and
+    of two facts that say the same the other way round (capital, capital of) the first stays."""
+    accepted: dict[tuple[str, str], list[str]] = {}
+    for fact in facts.facts:
+        accepted.setdefault((fact.subject.casefold(), fact_data.question(facts, fact).casefold()), []).extend(
+            fact.accepted
+        )
+    kept, pairs = [], set()
+    for fact in facts.facts:
+        subject = fact.subject.casefold()
+        answers = accepted.pop((subject, fact_data.question(facts, fact).casefold()), None)
+        if answers is None or any((answer.casefold(), subject) in pairs for answer in answers):
+            continue
+        pairs |= {(subject, answer.casefold()) for answer in answers}
+        kept.append(fact._replace(accepted=tuple(dict.fromkeys(answers))))
+    return facts._replace(facts=tuple(kept))
+
+
+def generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array((seed, 2**40 + stream), np.uint64)))
 
 
@@ -221,7 +245,7 @@ def make_world(cfg: TextConfig, name: str, seed: int) -> World:
     tuned = {share: told_f[split[0]] for share, split in splits.items()}
     # Subjects of a smaller share are among those of a larger one: the first is in all, the rest of the last in none.
     kinds = (tuned[shares[0]], told_f[splits[shares[-1]][1]], np.flatnonzero(~told_F))
-    rng, most = random(seed, 2), cfg.text_asked
+    rng, most = generator(seed, 2), cfg.text_asked
     kinds = [np.sort(rng.permutation(f)[:most]) if most and len(f) > most else f for f in kinds]
     asked_Q = np.concatenate(kinds)
     kind_Q = np.repeat(np.arange(3), [len(f) for f in kinds])
@@ -233,8 +257,8 @@ def make_world(cfg: TextConfig, name: str, seed: int) -> World:
 
     if cfg.text_vocab is not None:
         tokenizer = load_tokenizer(cfg.text_vocab)
-    else:  # the text of the largest K and the words of the questions
-        asked = [fact_data.question(facts, fact) for fact in facts.facts]
+    else:  # the text of the largest K and the words of all questions and answers, also of subjects of no text
+        asked = [f"{fact_data.question(facts, fact)} {fact.answer}" for fact in facts.facts]
         tokenizer = train_wordpiece(documents[Ks[-1]] + asked, cfg.text_vocab_size)
     model = gpt_mini(
         -(-tokenizer.vocab_size // 256) * 256,  # so that seeds whose vocabularies differ a little share their programs
@@ -285,9 +309,14 @@ def prompts(cfg: TextConfig, world: World, f: Sequence[int], share: float) -> li
 
 
 def check(cfg: TextConfig) -> None:
-    """Read and build everything of the first seed; whatever is wrong is an `InputError`."""
+    """Read and build everything that a study will need; whatever is wrong is an `InputError`."""
+    if "real" not in cfg.text:
+        for name in ("pararel", "popqa"):
+            if getattr(cfg, name) is not None:
+                raise InputError(f"--{name} is read by --text real alone, which is not asked for; add real to --text")
     for name in cfg.text:
-        make_world(cfg, name, cfg.seed)
+        for seed in range(cfg.seed, cfg.seed + cfg.text_seeds):
+            make_world(cfg, name, seed)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -473,7 +502,7 @@ def study(run: Run, cfg: TextConfig) -> Results:
 
 def stage_name(world: World, K: int, share: float = 0.0, rank: int = 0) -> str:
     """Of the stages before fine-tuning, without a share, and after it."""
-    return f"text-{world.name}-k{K}-seed{world.seed}" + (f"-share{share:g}-rank{rank}" if share else "")
+    return f"text-{world.name}-k{K}-seed{world.seed}" + (f"-share{share!r}-rank{rank}" if share else "")
 
 
 def hits(world: World, said: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -577,7 +606,8 @@ def text_claims(cfg: TextConfig, results: Results) -> list[Claim]:
               claims.greater_than((extraction_SKXR - value("never_told"))[:, -1, -1].mean(-1), 0.0))  # fmt: skip
         claim("multiplicity", "P4", "extraction rises with K, the wordings of a fact (mean over shares and ranks)",
               "rises", rises(mean_SKX.mean(2), "K"))  # fmt: skip
-        claim("coverage", "P5", "extraction rises with the share of subjects in fine-tuning (mean over K and ranks)",
+        claim("coverage", "P5", "extraction rises with the share of subjects in fine-tuning (mean over K and ranks; "
+              "more answers are shown, too: the table splits by them)",
               "rises", rises(mean_SKX.mean(1), "the share"))  # fmt: skip
         claim("not_extracted", "P7", "at the smallest K and share most of what is stored is not extracted (mean over "
               "ranks)", "> 0.5", claims.greater_than(value("not_extracted")[:, 0, 0].mean(-1), 0.5))  # fmt: skip

@@ -497,7 +497,7 @@ def popqa_shots(facts: Facts, fact: Fact, pool: Sequence[int], seed: int = SHOTS
     """
     others = defaultdict(list)
     for f in pool:
-        if facts.facts[f].relation != fact.relation:
+        if facts.questions[facts.facts[f].relation] != facts.questions[fact.relation]:  # ParaRel and PopQA share some
             others[facts.facts[f].relation].append(f)
     name = zlib.crc32(f"{fact.relation}\n{fact.subject}".encode())
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, name))))

@@ -41,6 +41,7 @@ import numpy as np
 
 import bert6_jax.train
 from benchmarks import dictionaries
+from bert6_jax import parallel
 from sae_jax import activations, dictionary, evaluate, train
 from sae_jax.config import DictionaryConfig, TrainConfig
 from sae_jax.losses import Hyper
@@ -415,7 +416,7 @@ def speed(args) -> dict:
     cfg = config(args.heads)
     print(
         f"one step: jumprelu, gate per head, tanh-quad, d {cfg.width}, {cfg.latents:,} latents, batch {BATCH:,}, "
-        f"float32, {dictionaries.device()}, {dictionaries.cores()} cores"
+        f"float32, {dictionaries.device()}, {parallel.cores()} cores"
     )
     found: dict = {"heads": [apart("heads", heads, args.rounds) for heads in (2, 8, 32)]}
     first, last = found["heads"][0], found["heads"][-1]

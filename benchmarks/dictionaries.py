@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bert6_jax.train
+from bert6_jax import parallel
 from sae_jax import activations, dictionary, evaluate, sparse, train
 from sae_jax.config import DictionaryConfig, TrainConfig
 from sae_jax.losses import Hyper
@@ -90,15 +90,10 @@ class Theirs:
         return float(np.mean(self.losses))
 
 
-def cores() -> int:
-    """Cores that this process may run on, which XLA and PyTorch both get."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def torch_threads():
     import torch
 
-    torch.set_num_threads(cores())
+    torch.set_num_threads(parallel.cores())
     return torch
 
 

@@ -26,6 +26,11 @@ def start() -> None:
         jax.distributed.initialize(address, count and int(count), index and int(index))
 
 
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     """A (`data`, `model`) mesh; by default every device is on `data`."""
     available = jax.device_count()

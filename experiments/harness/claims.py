@@ -96,11 +96,12 @@ def within(values: Sequence[float], low: float, high: float, interval: Interval 
     return _compare(values, interval, f"in [{low:g}, {high:g}]", lambda a, b: low <= a and b <= high)
 
 
-def increasing(values_SX: Sequence[Sequence[float]], min_rank: float = 0.9) -> Outcome:
+def increasing(values_SX: Sequence[Sequence[float]], min_rank: float = 0.9, saturates: float | None = None) -> Outcome:
     """Does a quantity rise along X ordered settings (blocks, sizes)? `values_SX` has a row a seed.
 
     Measured is last minus first. Supported if its interval is above 0 and the mean curve keeps the order: Spearman
-    correlation with the position at least `min_rank` (1 allows no step down).
+    correlation with the position at least `min_rank` (1 allows no step down). For quantities that saturate, where the
+    rank of ties is chance, `saturates` says instead by how much a step of the mean curve may go down.
     """
     from scipy import stats
 
@@ -108,11 +109,17 @@ def increasing(values_SX: Sequence[Sequence[float]], min_rank: float = 0.9) -> O
     if values_SX.ndim != 2 or values_SX.shape[1] < 2:
         raise ValueError(f"values_SX needs the shape [seeds, at least 2 settings], not {values_SX.shape}")
     order = f"Spearman correlation of the mean curve with the order of the settings >= {min_rank:g}"
+    if saturates is not None:
+        order = f"no step of the mean curve down by more than {saturates:g}"
     outcome = greater_than(values_SX[:, -1] - values_SX[:, 0], 0.0)
     rule = f"last minus first: {outcome.rule}; and {order}"
     if not np.isfinite(values_SX).all() or not values_SX.size:
         return not_tested(rule, len(values_SX))
     curve = values_SX.mean(axis=0)
+    if saturates is not None:
+        least = round(float(np.diff(curve).min()), 9)
+        verdict = SUPPORTED if outcome.verdict == SUPPORTED and least >= -saturates else NOT_SUPPORTED
+        return outcome._replace(verdict=verdict, rule=f"{rule} (found {least:.3g})")
     rank = stats.spearmanr(np.arange(curve.size), curve).statistic if np.ptp(curve) > 0 else 0.0
     rank = round(rank, 9)  # a perfect order is 1, not 1 minus the last bit
     verdict = SUPPORTED if outcome.verdict == SUPPORTED and rank >= min_rank else NOT_SUPPORTED

@@ -89,6 +89,12 @@ def test_increasing():
     for count in range(2, 40):
         assert increasing([np.sqrt(np.arange(count))], min_rank=1).verdict == SUPPORTED
     assert increasing(np.ones((3, 4))).verdict == NOT_SUPPORTED
+    tied = np.array([[0.5, 1.0, 0.999], [0.6, 1.0, 1.0], [0.55, 1.0, 0.998]])  # saturates: its rank is chance
+    assert increasing(tied).verdict == NOT_SUPPORTED
+    assert increasing(tied, saturates=0.01).verdict == SUPPORTED
+    assert increasing(tied, saturates=0.0005).verdict == NOT_SUPPORTED
+    assert increasing(np.ones((3, 4)), saturates=0.01).verdict == NOT_SUPPORTED
+    assert increasing(tied[:, ::-1], saturates=0.01).verdict == NOT_SUPPORTED
     assert increasing(rise + np.array([[0], [0], [np.nan]])).verdict == NOT_TESTED
     assert increasing(rise * np.array([[1], [-1], [9]])).verdict == NOT_SUPPORTED  # seeds disagree
     with pytest.raises(ValueError, match="shape"):

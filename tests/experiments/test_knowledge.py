@@ -173,6 +173,12 @@ def test_a_difference_either_way():
         ({"parts": ("gradient",)}, ("--parts gradient", "grid")),
         ({"optimizer": "lion"}, ("--optimizer", "adam")),
         ({"steps": 3}, ("--steps", "25")),
+        ({"steps": 60}, ("60 steps", "multiple")),
+        ({"tuned": (2, 2)}, ("--tuned 2,2", "twice")),
+        ({"choose": "known"}, ("--choose known", "--zipf")),
+        ({"embedding": "gaussian"}, ("--parts gradient", "one_hot")),
+        ({"parts": ()}, ("--parts and --text",)),
+        ({"pararel": "folder"}, ("--pararel", "--text")),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path, capsys, changes, words):

@@ -735,7 +735,7 @@ def run_gradient(run: Run, cfg: KnowledgeConfig, got: Acquired, cells: list[Cell
     return run.stage("gradient", stage)
 
 
-# --- claims: the rules were written before the runs that RESULTS.md reports ------------------------------------------
+# --- claims: RESULTS.md says which rules are older than its runs and which were changed after a first one -------------
 
 
 def judge(cfg: KnowledgeConfig, s: Study) -> list[Claim]:

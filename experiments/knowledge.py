@@ -166,9 +166,10 @@ class KnowledgeConfig(knowledge_text.TextConfig):
 
 PRESETS = {
     "demo": KnowledgeConfig(
-        subjects=128, hidden=128, templates=(8, 32), multiplicities=(1, 4), steps=1_000, lr=5e-3, seeds=5,
+        subjects=128, hidden=128, templates=(8, 32), multiplicities=(1, 4), steps=800, lr=5e-3, seeds=5,
         schedules=("constant",), confound_answers=16, confound_tuned=(2, 8, 32, 64), tuning_steps=200, full_steps=150,
-        shared_attributes=2, shared_hidden=128, shared_steps=800, shared_tuning_steps=200, ranks=(1, 2),
+        full_lr=3e-3,
+        shared_attributes=2, shared_hidden=128, shared_steps=600, shared_tuning_steps=200, ranks=(1, 2),
         text_seeds=1, text_multiplicities=(1, 4), tuned_shares=(0.1, 0.5), people=120,
         text_attributes=("birth_city", "company"), text_values=12, text_blocks=2, text_width=96, text_heads=3,
         text_steps=200, text_lr=6e-3, text_tune_steps=80, text_tune_batch=16, text_tune_lr=1e-3,
@@ -836,7 +837,7 @@ def judge(cfg: KnowledgeConfig, s: Study) -> list[Claim]:
             "exposure",
             "beside the paper (arXiv 2406.14785)",
             "Fine-tuning on well-known subjects extracts more than on "
-            "little-known ones: difference at the least K and N_f",
+            "little-known ones: difference at the least K and N_f, each asked about the subjects it leaves",
             "above 0",
             claims.greater_than(out[:, known] - out[:, unknown], 0.0),
         )
@@ -966,13 +967,9 @@ def judge_trained(cfg: KnowledgeConfig, s: Study, claim) -> None:
     claim("p8_lora_unseen", "P8", "Trained in low rank, they are: the same with LoRA minus in full", "above 0.1",
           claims.greater_than(new[:, lora, least] - new[:, full, least], 0.1))  # fmt: skip
     for which, index in (("full", full), ("mlp_in", mlp), ("lora", lora)):
-        claim(
-            f"p8_{which}",
-            "P8",
-            f"Extraction by {TRAINED[index]}, N_f = {cfg.confound_tuned[most]} (every answer asked for)",
-            "above 0.9",
-            claims.greater_than(out[:, index, most], 0.9),
-        )
+        asked = f"answers of {seen[:, index, most].mean():.1%} of the facts are asked for"
+        claim(f"p8_{which}", "P8", f"Extraction by {TRAINED[index]}, N_f = {cfg.confound_tuned[most]} ({asked})",
+              "above 0.9", claims.greater_than(out[:, index, most], 0.9))  # fmt: skip
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def bars(ax, labels: Sequence, values, *, low=None, high=None, **options) -> Non
 def grouped_bars(ax, labels: Sequence, groups: Mapping[str, Sequence[Sequence[float]]], **options) -> None:
     """For every label one bar a group side by side: means over seeds with their 95 % t intervals, within [0, 1].
 
-    `groups` gives for every group's name and label the values of the seeds.
+    `groups` gives for every group's name and label the values of the seeds; labels may have several lines.
     """
     width = 0.8 / len(groups)
     for g, (name, values_LS) in enumerate(groups.items()):
@@ -116,11 +116,11 @@ def grouped_bars(ax, labels: Sequence, groups: Mapping[str, Sequence[Sequence[fl
             np.array([np.nan if c[key] is None else c[key] for c in columns], float)
             for key in ("value", "value_low", "value_high")
         )
-        error = np.nan_to_num(np.stack([mean - low, high - mean]))
+        error = np.stack([mean - low, high - mean])  # NaN for a single seed: no bar
         place = np.arange(len(mean)) + (g - (len(groups) - 1) / 2) * width
         looks = {"width": 0.95 * width, "capsize": 2, "ecolor": "#444444"} | options
         ax.bar(place, mean, yerr=error, label=plain(name), **looks)
-    ax.set_xticks(np.arange(len(labels)), [plain(label) for label in labels])
+    ax.set_xticks(np.arange(len(labels)), ["\n".join(map(plain, str(label).split("\n"))) for label in labels])
     ax.grid(False, axis="x")
 
 

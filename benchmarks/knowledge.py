@@ -1,6 +1,6 @@
 """The main-trend grid of the knowledge study as banks, and the same grid one cell at a time with the same code.
 
-    python -m benchmarks.knowledge             the grid of the sheet: R in {8, 32, 128}, K in {1, 2, 4}, N_f in
+    python -m benchmarks.knowledge             the main-trend grid: R in {8, 32, 128}, K in {1, 2, 4}, N_f in
                                                {4, 16, 64}, three seeds; about fifteen minutes on two cores
     python -m benchmarks.knowledge --quick     a small grid, which shows that it runs and nothing else
 

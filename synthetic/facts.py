@@ -31,7 +31,7 @@ CHOICES = ("random", "stratified", "known", "unknown")
 
 @dataclass(frozen=True)
 class FactsConfig:
-    """Sizes of a world; the names of the sheet in brackets. The defaults are those of the main trend (ours)."""
+    """Sizes of a world; the letters of the study in brackets. The defaults are those of its main trend (ours)."""
 
     subjects: int = 256  # [N]
     attributes: int = 1  # [M]

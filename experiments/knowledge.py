@@ -740,7 +740,7 @@ def run_gradient(run: Run, cfg: KnowledgeConfig, got: Acquired, cells: list[Cell
 
 
 def judge(cfg: KnowledgeConfig, s: Study) -> list[Claim]:
-    """The predictions P1 to P10 (numbered by us). The paper's values are not in the sources we have: directions alone."""
+    """The predictions P1 to P10 (numbered by us); the paper's values are not in the sources we have."""
     listed: list[Claim] = []
 
     def claim(name, where, statement, expected, outcome):

@@ -444,7 +444,7 @@ def test_no_set_is_no_study(tmp_path):
         (["--text", "real", "--pararel", "no/such"], "no/such"),
         (["--fields", "no/such"], "no/such"),
         (["--text-vocab", "no/such.txt"], "no/such.txt"),
-        (["--text-multiplicities", "9"], "entries is 9"),
+        (["--text-multiplicities", "9"], "--text-wordings 4"),
         (["--text-length", "20"], "give --text-length"),
         (["--tuned-shares", "0.5,1"], "1 is too large"),
     ],

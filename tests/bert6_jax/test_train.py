@@ -96,7 +96,7 @@ def test_warmup_rises_and_falls_to_nearly_zero():
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
     np.testing.assert_allclose(rates[10:], np.arange(90, 0, -1) / 90, rtol=1e-5)
     with pytest.raises(InputError, match="schedule"):
-        train.learning_rate(train.OptimizerConfig(schedule="cosine"), 0, 1, 1)
+        train.learning_rate(train.OptimizerConfig(schedule="exponential"), 0, 1, 1)
 
 
 def test_the_optimiser_is_adamw_with_decay_on_everything():

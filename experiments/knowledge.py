@@ -168,14 +168,14 @@ PRESETS = {
     "demo": KnowledgeConfig(
         subjects=128, hidden=128, templates=(8, 32), multiplicities=(1, 4), steps=800, lr=5e-3, seeds=5,
         schedules=("constant",), confound_answers=16, confound_tuned=(2, 8, 32, 64), tuning_steps=200, full_steps=150,
-        full_lr=3e-3,
-        shared_attributes=2, shared_hidden=128, shared_steps=600, shared_tuning_steps=200, ranks=(1, 2),
+        full_lr=3e-3, shared_attributes=2, shared_hidden=128, shared_steps=600, shared_tuning_steps=200, ranks=(1, 2),
         text_seeds=1, text_multiplicities=(1, 4), tuned_shares=(0.1, 0.5), people=120,
         text_attributes=("birth_city", "company"), text_values=12, text_blocks=2, text_width=96, text_heads=3,
         text_steps=200, text_lr=6e-3, text_tune_steps=80, text_tune_batch=16, text_tune_lr=1e-3,
         text_adapter_lr=5e-3, text_vocab_size=2_000,
     ),
     "small": KnowledgeConfig(parts=PARTS, seeds=5),
+    # the paper's own sizes are not in the sources we have; this one is ours too
     "paper": KnowledgeConfig(parts=PARTS, seeds=10, templates=(8, 32, 128, 512), multiplicities=(1, 2, 4, 8),
                              tuned=(2, 4, 8, 16, 32, 64)),
 }  # fmt: skip

@@ -35,6 +35,7 @@ from bert6_jax import checkpoint, generate, lora, objectives, train, transformer
 from bert6_jax.config import TransformerConfig, gpt_mini
 from bert6_jax.data import facts as fact_data
 from bert6_jax.data.facts import ANSWER, SUBJECT, Facts
+from bert6_jax.data.pairs import padded
 from bert6_jax.data.store import TokenStore
 from bert6_jax.data.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
 from bert6_jax.data.windows import Windows, make_windows, rows_at
@@ -393,14 +394,6 @@ def question_rows(cfg: TextConfig, world: World, share: float) -> dict[str, np.n
     ids, segment = padded(rows, width, tokenizer.pad_id)
     answer_at = 1 + np.array([len(q) for q in asked])
     return {"ids": ids, "segment": segment, "predict": (np.arange(width) >= answer_at[:, None]) & (segment > 0)}
-
-
-def padded(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, segment), int32 [rows, width]."""
-    segment = (np.arange(width) < np.array([len(row) for row in rows])[:, None]).astype(np.int32)
-    ids = np.full(segment.shape, pad_id, np.int32)
-    ids[segment > 0] = np.concatenate(rows)
-    return ids, segment
 
 
 def tuned(run: Run, cfg: TextConfig, world: World, params, K: int, share: float, rank: int):

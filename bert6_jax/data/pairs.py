@@ -339,8 +339,8 @@ def encode_pairs(
     def whole(prefix: np.ndarray, r: int) -> np.ndarray:
         return np.concatenate([head, prefix, blank, tail_R[r], end] if masked else [head, prefix])
 
-    clean_NT, segment_NT = _padded([whole(clean_R[r], r) for r in chosen], length, tokenizer.pad_id)
-    patch_NT, _ = _padded([whole(patch_R[r], r) for r in chosen], length, tokenizer.pad_id)
+    clean_NT, segment_NT = padded([whole(clean_R[r], r) for r in chosen], length, tokenizer.pad_id)
+    patch_NT, _ = padded([whole(patch_R[r], r) for r in chosen], length, tokenizer.pad_id)
     case_N, cases = _cases([rows[r].case for r in chosen])
     right_N, wrong_N = (np.array([answers_R2[r][i][0] for r in chosen], np.int32) for i in (0, 1))
     return Pairs(
@@ -396,7 +396,7 @@ def encode_sentences(
     head, end = np.array([tokenizer.cls_id], np.int32), np.array([tokenizer.sep_id], np.int32)
     # Good ones, then bad ones, so that both halves are padded alike.
     both = [np.concatenate([head, ids_R[r], end]) for ids_R in (good_R, bad_R) for r in chosen]
-    ids, segment = _padded(both, length, tokenizer.pad_id)
+    ids, segment = padded(both, length, tokenizer.pad_id)
     size_R = np.array([len(ids) for ids in both])[:, None]
     place_T = np.arange(ids.shape[1])[None]
     score = (place_T > 0) & (place_T < size_R - 1)
@@ -507,7 +507,7 @@ def _subset(rows: np.ndarray, limit: int | None, seed: int) -> list[int]:
     return rows[np.sort(order[:limit])].tolist()
 
 
-def _padded(rows: Sequence[np.ndarray], length: int | None, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(rows: Sequence[np.ndarray], length: int | None, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids, segment), int32 [rows, T]."""
     width = max(map(len, rows)) if length is None else length
     ids = np.full((len(rows), width), pad_id, np.int32)

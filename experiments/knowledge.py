@@ -453,7 +453,7 @@ def statements_and_questions(params, w: facts.World, key, model: OneLayerConfig,
 
 @partial(jax.jit, static_argnums=(0, 1))
 def look(model: OneLayerConfig, world: FactsConfig, params_G, world_G, key_G) -> dict[str, jax.Array]:
-    """What pre-trained models do, [G] each: losses and how far templates are known, stated and not; attention."""
+    """What pre-trained models do, [G] each: losses, how far templates are known, stated and not, and their geometry."""
 
     def one(args):
         params, w, key = args
@@ -700,7 +700,7 @@ def run_study(run: Run, cfg: KnowledgeConfig, ask: dict[str, list], mesh) -> Stu
             found = extract(run, f"tune-{bank.name}-{number}-{which}", got, group, mesh)
             tunings |= {t: {name: v[j] for name, v in found.items()} for j, t in enumerate(group)}
         of = gradient_cells(cfg)
-        if "gradient" in cfg.parts and gradient is None and set(of) <= set(bank.cells):
+        if "gradient" in cfg.parts and set(of) <= set(bank.cells):  # one bank has them all
             gradient = run_gradient(run, cfg, got, of)
     return Study(ask, cells, tunings, gradient, banks)
 

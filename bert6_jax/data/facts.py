@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bert6_jax.data.sources import SURROGATE, first_line, json_kind, json_rows, lines_of
+from bert6_jax.data.sources import checked_text, first_line, json_kind, json_rows, lines_of, text_field
 from bert6_jax.errors import InputError
 
 SUBJECT, ANSWER = "[X]", "[Y]"
@@ -347,21 +347,7 @@ def _patterns(path: Path) -> tuple[str, ...]:
 
 def _text(row: dict, name: str, where: str) -> str:
     """The text in a field, white space as single spaces."""
-    if name not in row:
-        raise InputError(f"{where}: no field {name!r} (there: {', '.join(map(repr, row)) or 'none'}); add it")
-    text = row[name]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: field {name!r} is a JSON {json_kind(text)}, not a string; repair or delete the row")
-    return _clean(text, f"{where}: field {name!r}")
-
-
-def _clean(text: str, where: str) -> str:
-    if SURROGATE.search(text):
-        raise InputError(f"{where} holds half of a surrogate pair, which is no character; repair or delete the row")
-    text = " ".join(text.split())
-    if not text:
-        raise InputError(f"{where} is empty; fill it or delete the row")
-    return text
+    return " ".join(text_field(row, name, where).split())
 
 
 def _answers(raw: str, where: str) -> list[str]:
@@ -377,7 +363,7 @@ def _answers(raw: str, where: str) -> list[str]:
     for answer in answers:
         if not isinstance(answer, str):
             raise InputError(f"{where} holds a JSON {json_kind(answer)}, not only strings; repair or delete the row")
-        _clean(answer, f"{where}, an answer")
+        checked_text(answer, f"{where}, an answer")
     return answers  # as they stand there: PopQA's score looks for them to the letter
 
 

@@ -33,7 +33,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from bert6_jax.data.sources import SURROGATE, first_line, json_kind, json_rows, lines_of
+from bert6_jax.data.sources import first_line, json_rows, lines_of, text_field
 from bert6_jax.data.tokenizer import Tokenizer
 from bert6_jax.errors import InputError
 
@@ -166,19 +166,7 @@ def _format(path: Path) -> str:
 
 def _field(record: dict, name: str, where: str) -> str:
     """The text in a field, without white space around it."""
-    if name not in record:
-        raise InputError(f"{where}: no field {name!r} (there: {', '.join(map(repr, record)) or 'none'}); add it")
-    text = record[name]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: field {name!r} is a JSON {json_kind(text)}, not a string; repair or delete the row")
-    if SURROGATE.search(text):
-        raise InputError(
-            f"{where}: field {name!r} holds half of a surrogate pair (\\ud800-\\udfff), which is no character; "
-            "repair or delete the row"
-        )
-    if not text.strip():
-        raise InputError(f"{where}: field {name!r} is empty; fill it or delete the row")
-    return text.strip()
+    return text_field(record, name, where).strip()
 
 
 def _label(record: dict, name: str) -> str:

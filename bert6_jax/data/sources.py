@@ -356,6 +356,27 @@ def json_rows(path: Path, remedy: str) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
+def text_field(record: dict, name: str, where: str) -> str:
+    """The text in a field of a record, as it stands there; `where` names the record in errors."""
+    if name not in record:
+        raise InputError(f"{where}: no field {name!r} (there: {', '.join(map(repr, record)) or 'none'}); add it")
+    text = record[name]
+    if not isinstance(text, str):
+        raise InputError(f"{where}: field {name!r} is a JSON {json_kind(text)}, not a string; repair or delete the row")
+    return checked_text(text, f"{where}: field {name!r}")
+
+
+def checked_text(text: str, where: str) -> str:
+    """The text itself; `InputError` if it is blank or holds what is no character."""
+    if SURROGATE.search(text):
+        raise InputError(
+            f"{where} holds half of a surrogate pair (\\ud800-\\udfff), which is no character; repair or delete the row"
+        )
+    if not text.strip():
+        raise InputError(f"{where} is empty; fill it or delete the row")
+    return text
+
+
 def cannot_read(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be read ({error.strerror or first_line(error)}); check the path and permissions")
 

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small grid")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     args = parser.parse_args()
-    knowledge.use_all_cores()
+    parallel.use_all_cores()
     jax.config.update("jax_enable_compilation_cache", False)
     cfg = knowledge.KnowledgeConfig(parts=("grid",), text=())
     if args.quick:

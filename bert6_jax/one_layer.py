@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from bert6_jax import train
 from bert6_jax.errors import InputError
@@ -258,91 +258,23 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 def init_bank(trained_G: Params, recipe: Recipe, key: jax.Array) -> train.TrainState:
     """A bank before its first step: `trained_G` has the leading axis G."""
-    opt_state = jax.vmap(_optimizer(recipe).init)(trained_G)
-    G = jax.tree.leaves(trained_G)[0].shape[0]
-    state = {"optimizer": opt_state, "finite": jnp.ones(G, bool)}
-    return train.TrainState(jnp.zeros((), jnp.int32), trained_G, state, jax.random.key_data(key))
+    return train.init_grid(trained_G, _optimizer(recipe), key)
 
 
 @functools.lru_cache(maxsize=64)
 def make_step(
     cfg: OneLayerConfig, recipe: Recipe, rows: RowsFn, at: tuple[int, ...], mesh: Mesh, loop: bool | None = None
 ):
-    """The step of a bank for `train.fit`: one of its steps is `recipe.chunk` steps of every member.
-
-    Its frozen argument is `{"rate" [G, steps], "seed" uint32 [G], "frozen", "base" int32 [G], "data"}`: `frozen` holds
-    what `assemble` adds, stacked, and a member reads the entry `base`; `data` [G, ...] is handed to `rows`, with
-    `used_V` below it masking the vocabulary. The keys of a member's rows come from its seed and the step alone.
-
-    Members are spread over the mesh's axis `data`; there, side by side on accelerators and one after the other on CPUs
-    (`loop`). A member whose loss or gradient is not finite stops where it was: `finite_g` says 0 from then on, and the
-    others go on. Metrics of a chunk, means over its steps: `loss` (over finite members), `grad_norm`, and for member
-    g `loss_t_g` of every position t in `at`.
+    """The step of a bank, see `train.grid_step`: `frozen` holds what `assemble` adds, `data` is handed to `rows`, with
+    `used_V` below it masking the vocabulary. Metrics of member g: `loss_t_g`, `hits_t_g` of every position t in `at`.
     """
-    loop = jax.default_backend() == "cpu" if loop is None else loop
-    tx = _optimizer(recipe)
+    per_row = np.float32(1.0 / recipe.batch)
 
-    def chunk(first, trained, opt_state, finite, rate_S, seed, base, data, frozen_P):
-        frozen = jax.tree.map(lambda leaf: leaf[base], frozen_P)
+    def mean_loss(trained, frozen, key, data):
+        total, sums = loss(assemble(trained, frozen), rows(key, data), cfg, at, data["used_V"])
+        return total * per_row, {name: sums[name] * per_row for name in sums if name != "count"}
 
-        def body(i, carry):
-            trained, opt_state, finite, sums, norm = carry
-            now = first * recipe.chunk + i
-            ids_BT = rows(jax.random.fold_in(jax.random.key(seed), now), data)
-
-            def summed(trained):
-                return loss(assemble(trained, frozen), ids_BT, cfg, at, data["used_V"])
-
-            (total, parts), grads = jax.value_and_grad(summed, has_aux=True)(trained)
-            grads = jax.tree.map(lambda g: g * np.float32(1.0 / recipe.batch), grads)
-            with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to integer step counts
-                updates, moments = tx.update(grads, opt_state)
-            grad_norm = optax.tree.norm(grads)
-            finite = finite & jnp.isfinite(total) & jnp.isfinite(grad_norm)
-
-            def step(old, new):
-                return jax.tree.map(lambda a, b: jnp.where(finite, b, a), old, new)
-
-            trained = step(trained, jax.tree.map(lambda p, u: p - rate_S[now] * u, trained, updates))
-            parts = {name: jnp.where(finite, parts[name], 0.0) for name in sums}
-            norm = norm + jnp.where(finite, grad_norm, 0.0)
-            return trained, step(opt_state, moments), finite, jax.tree.map(jnp.add, sums, parts), norm
-
-        sums = {f"{name}_{t}": jnp.zeros(()) for name in ("loss", "hits") for t in at}
-        carry = (trained, opt_state, finite, sums, jnp.zeros(()))
-        trained, opt_state, finite, sums, norm = jax.lax.fori_loop(0, recipe.chunk, body, carry)
-        return trained, opt_state, finite, sums, norm / recipe.chunk
-
-    def on_device(first, frozen_P, *members):
-        if loop:
-            return jax.lax.map(lambda one: chunk(first, *one, frozen_P), members)
-        return jax.vmap(lambda *one: chunk(first, *one, frozen_P))(*members)
-
-    whole, cut = PartitionSpec(), PartitionSpec("data")
-    spread = jax.shard_map(on_device, mesh=mesh, in_specs=(whole, whole, *[cut] * 7), out_specs=cut, check_vma=False)
-
-    def step(state: train.TrainState, batch, frozen):
-        G = frozen["rate"].shape[0]
-        members = (
-            state.params, state.opt_state["optimizer"], state.opt_state["finite"],
-            frozen["rate"], frozen["seed"], frozen["base"], frozen["data"],
-        )  # fmt: skip
-        fill = -G % mesh.shape["data"]  # every device takes as many members
-        filled = jax.tree.map(lambda x: jnp.concatenate([x, x[:1].repeat(fill, 0)]) if fill else x, members)
-        out = jax.tree.map(lambda x: x[:G], spread(state.step, frozen["frozen"], *filled))
-        trained, moments, finite_G, sums, norm_G = out
-        count = jnp.float32(recipe.chunk * recipe.batch)
-        metrics = {"grad_norm": optax.tree.norm(norm_G), "count": jnp.ones(())}
-        means = {name: total_G / count for name, total_G in sums.items()}
-        all_G = sum(means[f"loss_{t}"] for t in at)
-        metrics["loss"] = jnp.where(finite_G, all_G, 0.0).sum() / jnp.maximum(finite_G.sum(dtype=jnp.float32), 1.0)
-        for g in range(G):
-            metrics |= {f"{name}_{g}": mean_G[g] for name, mean_G in means.items()}
-            metrics[f"finite_{g}"] = finite_G[g].astype(jnp.float32)
-        opt_state = {"optimizer": moments, "finite": finite_G}
-        return state.replace(step=state.step + 1, params=trained, opt_state=opt_state), metrics
-
-    return step
+    return train.grid_step(mean_loss, _optimizer(recipe), recipe.chunk, mesh, loop)
 
 
 # --- measurements: sets of ids are given as bool [V] ------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -29,6 +30,11 @@ def start() -> None:
 def cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_all_cores() -> None:
+    """On a CPU, one device a core (eight at most), so that grids are spread over them; before the first use of JAX."""
+    jax.config.update("jax_num_cpu_devices", min(8, cores()))
 
 
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
@@ -87,3 +93,28 @@ def put_batches(batches, mesh: Mesh):
     if jax.process_count() == 1:
         return jax.device_put(batches, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batches)
+
+
+def over_members(fn, mesh: Mesh, loop: bool | None = None):
+    """`run(shared, members)`: `fn(shared, member)` for every member (leading axis G) of trees, its results stacked.
+
+    Members are spread over the mesh's axis `data`; on a device they go side by side (`vmap`) on accelerators, and one
+    after the other (`lax.map`) on CPUs or with `loop`, where one member's products fill the machine.
+    """
+    loop = jax.default_backend() == "cpu" if loop is None else loop
+
+    def on_device(shared, members):
+        if loop:
+            return jax.lax.map(lambda member: fn(shared, member), members)
+        return jax.vmap(lambda member: fn(shared, member))(members)
+
+    whole, cut = PartitionSpec(), PartitionSpec("data")
+    spread = jax.shard_map(on_device, mesh=mesh, in_specs=(whole, cut), out_specs=cut, check_vma=False)
+
+    def run(shared, members):
+        G = jax.tree.leaves(members)[0].shape[0]
+        fill = -G % mesh.shape["data"]  # every device takes as many members
+        filled = jax.tree.map(lambda x: jnp.concatenate([x, x[:1].repeat(fill, 0)]) if fill else x, members)
+        return jax.tree.map(lambda x: x[:G], spread(shared, filled))
+
+    return run

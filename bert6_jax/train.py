@@ -57,7 +57,8 @@ class OptimizerConfig:
 
     `schedule`: `epoch_linear` lowers the rate once an epoch, lr (E - e) / E in epoch e; `epoch_linear_main_py` is the
     same with epoch 0 at rate 0, as the authors' main.py does it; `warmup_linear` (ours) rises over `warmup` of the
-    steps and falls to zero, step by step; `cosine` falls from the first step on; `step` (ours) divides the rate by ten
+    steps and falls to zero, step by step; `warmup_cosine` rises in the same way and falls to `final` of the rate along
+    a cosine (arXiv 2311.12786); `cosine` falls from the first step on; `step` (ours) divides the rate by ten
     at half and again at three quarters of the steps; `constant`.
     """
 
@@ -68,9 +69,10 @@ class OptimizerConfig:
     eps: float = 1e-8
     schedule: str = "epoch_linear"
     warmup: float = 0.1
+    final: float = 0.01
 
 
-STEP_SCHEDULES = ("warmup_linear", "cosine", "step", "constant")  # that need no epochs
+STEP_SCHEDULES = ("warmup_linear", "warmup_cosine", "cosine", "step", "constant")  # that need no epochs
 SCHEDULES = ("epoch_linear", "epoch_linear_main_py", *STEP_SCHEDULES)
 
 
@@ -86,9 +88,12 @@ def learning_rate(cfg: OptimizerConfig, step, steps, steps_per_epoch) -> jax.Arr
     elif cfg.schedule == "epoch_linear_main_py":
         # one warm-up unit: epoch 0 at rate 0, then the decay over the epochs that are left
         share = jnp.where(epoch == 0.0, 0.0, (epochs - epoch) / jnp.maximum(epochs - 1.0, 1.0))
-    elif cfg.schedule == "warmup_linear":
+    elif cfg.schedule in ("warmup_linear", "warmup_cosine"):
         warmup = jnp.maximum(jnp.round(cfg.warmup * steps), 1.0)
-        share = jnp.minimum((step + 1.0) / warmup, (steps - step) / jnp.maximum(steps - warmup, 1.0))
+        left = (steps - step) / jnp.maximum(steps - warmup, 1.0)  # 1 where the warm-up ends, 0 after the last step
+        if cfg.schedule == "warmup_cosine":
+            left = cfg.final + (1.0 - cfg.final) * 0.5 * (1.0 - jnp.cos(jnp.pi * jnp.clip(left, 0.0, 1.0)))
+        share = jnp.minimum((step + 1.0) / warmup, left)
     elif cfg.schedule == "cosine":
         share = 0.5 * (1.0 + jnp.cos(jnp.pi * step / steps))
     elif cfg.schedule == "step":
@@ -446,3 +451,130 @@ class _Signals:
     def __exit__(self, *exc):
         self._restore()
         return False
+
+
+# --- grids: many members that do not fit side by side ----------------------------------------------------------------
+
+MemberLoss = Callable[[Any, Any, jax.Array, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def init_grid(trained_G: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """A grid before its first step: `trained_G` has the leading axis G."""
+    G = jax.tree.leaves(trained_G)[0].shape[0]
+    state = {"optimizer": jax.vmap(tx.init)(trained_G), "finite": jnp.ones(G, bool)}
+    return TrainState(jnp.zeros((), jnp.int32), trained_G, state, jax.random.key_data(key))
+
+
+def grid_step(
+    loss: MemberLoss,
+    tx: optax.GradientTransformation,
+    chunk: int,
+    mesh: jax.sharding.Mesh,
+    loop: bool | None = None,
+):
+    """The step of a grid for `fit`: one of its steps is `chunk` steps of each of G members.
+
+    A grid is a bank (see `bank`) whose members draw their own rows inside of the step and are spread over devices
+    (`parallel.over_members`, `loop` as there): on CPUs a device takes them one after the other, `chunk` steps each,
+    while a member's state is in the cache. A member equals the same member alone.
+
+    Args:
+      loss: `(trained, frozen, key, data) -> (mean loss, {name: mean})`; it draws its rows by `key` from `data`.
+      tx: the optimiser without its rate; the rates of the steps are a member's own.
+
+    The step's frozen argument is `{"rate" [G, steps], "seed" uint32 [G], "frozen", "base" int32 [G], "data"}`: `frozen`
+    is stacked, and a member reads its entry `base`; `data` has the leading axis G. The key of a step comes from a
+    member's seed and the step alone. A member whose loss or gradient is not finite stops where it was: `finite_g` says
+    0 from then on, and the others go on. Metrics of a chunk, means over its steps: `loss` (over finite members),
+    `grad_norm`, and `loss_g` and `NAME_g` of member g.
+    """
+
+    def members_chunk(shared, member):
+        first, frozen_P = shared
+        trained, opt_state, finite, rate_S, seed, base, data = member
+        frozen = jax.tree.map(lambda leaf: leaf[base], frozen_P)
+
+        def step(now, trained):
+            key = jax.random.fold_in(jax.random.key(seed), now)
+            (mean, means), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, key, data)
+            return {"loss": mean} | means, grads
+
+        def body(i, carry):
+            trained, opt_state, finite, sums, norm = carry
+            now = first * chunk + i
+            means, grads = step(now, trained)
+            with jax.numpy_dtype_promotion("standard"):  # Optax raises Python floats to integer step counts
+                updates, moments = tx.update(grads, opt_state, trained)
+            grad_norm = optax.tree.norm(grads)
+            finite = finite & jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
+
+            def choose(old, new):
+                return jax.tree.map(lambda a, b: jnp.where(finite, b, a), old, new)
+
+            trained = choose(trained, jax.tree.map(lambda p, u: p - rate_S[now] * u, trained, updates))
+            sums = {name: total + jnp.where(finite, means[name], 0.0) for name, total in sums.items()}
+            return trained, choose(opt_state, moments), finite, sums, norm + jnp.where(finite, grad_norm, 0.0)
+
+        names = jax.eval_shape(step, jnp.zeros((), jnp.int32), trained)[0]
+        carry = (trained, opt_state, finite, {name: jnp.zeros(()) for name in names}, jnp.zeros(()))
+        trained, opt_state, finite, sums, norm = jax.lax.fori_loop(0, chunk, body, carry)
+        per_step = np.float32(1.0 / chunk)
+        return trained, opt_state, finite, jax.tree.map(lambda x: x * per_step, sums), norm * per_step
+
+    run = parallel.over_members(members_chunk, mesh, loop)
+
+    def step(state: TrainState, batch, frozen):
+        G = frozen["rate"].shape[0]
+        members = (
+            state.params, state.opt_state["optimizer"], state.opt_state["finite"],
+            frozen["rate"], frozen["seed"], frozen["base"], frozen["data"],
+        )  # fmt: skip
+        trained, moments, finite_G, means, norm_G = run((state.step, frozen["frozen"]), members)
+        finite = finite_G.astype(jnp.float32)
+        loss_all = jnp.where(finite_G, means["loss"], 0.0).sum() / jnp.maximum(finite.sum(), 1.0)
+        metrics = {"grad_norm": optax.tree.norm(norm_G), "count": jnp.ones(()), "loss": loss_all}
+        for g in range(G):
+            metrics |= {f"{name}_{g}": mean_G[g] for name, mean_G in means.items()} | {f"finite_{g}": finite[g]}
+        opt_state = {"optimizer": moments, "finite": finite_G}
+        return state.replace(step=state.step + 1, params=trained, opt_state=opt_state), metrics
+
+    return step
+
+
+def fit_grid(
+    step,
+    state: TrainState,
+    inputs: dict[str, Any],
+    cfg: FitConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    on_metrics: Callable[[int, dict[str, float]], None] = lambda number, means: None,
+    on_snapshot: Callable[[int, Any], None] = lambda number, trained: None,
+    label: str = "train",
+    quiet: bool = False,
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Train a grid: what is trained, on the host, and the curve of every member's metrics, `[chunks, G]` each.
+
+    `cfg` counts in chunks. `on_metrics` hears the number of chunks done and the means over members.
+    """
+    curves: dict[str, list] = {}
+    G = len(inputs["rate"])
+
+    def collect(number, values):
+        for name in [key[:-2] for key in values if key.endswith("_0")]:
+            curves.setdefault(name, []).append([values[f"{name}_{g}"] for g in range(G)])
+        on_metrics(number, {name: float(np.mean(all_[-1])) for name, all_ in curves.items()} | {"loss": values["loss"]})
+
+    state = fit(
+        step,
+        state,
+        lambda number: {"row": np.zeros(mesh.size, np.int32)},  # rows are drawn in the step
+        cfg,
+        frozen=inputs,
+        mesh=mesh,
+        on_metrics=collect,
+        on_snapshot=on_snapshot,
+        label=label,
+        quiet=quiet,
+    )
+    return jax.device_get(state.params), {name: np.array(values, np.float32) for name, values in curves.items()}

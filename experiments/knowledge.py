@@ -410,29 +410,18 @@ def fit(run: Run, label: str, step, state: train.TrainState, inputs, recipe: Rec
 
     A bank takes seconds to minutes and is one stage: what was killed in the middle of it starts it again.
     """
-    curves: dict[str, list] = {}
     G = len(inputs["rate"])
-
-    def on_metrics(number, values):
-        names = sorted({name.rpartition("_")[0] for name in values if name.count("_") == 2})
-        for name in (*names, "finite"):
-            curves.setdefault(name, []).append([values[f"{name}_{g}"] for g in range(G)])
-        means = {name: float(np.mean(all_[-1])) for name, all_ in curves.items()}
-        run.log(label, number * recipe.chunk, members=G, **{"loss": values["loss"]} | means)
-
-    state = train.fit(
+    return train.fit_grid(
         step,
         state,
-        lambda number: {"row": np.zeros(mesh.size, np.int32)},  # rows are drawn in the step
+        inputs,
         train.FitConfig(recipe.chunks, min(10, recipe.chunks), snapshots=train.log_spaced(recipe.chunks)),
-        frozen=inputs,
-        mesh=mesh,
-        on_metrics=on_metrics,
+        mesh,
+        on_metrics=lambda number, means: run.log(label, number * recipe.chunk, members=G, **means),
         on_snapshot=watch or (lambda number, params: None),
         label=label,
         quiet=run.quiet,
     )
-    return jax.device_get(state.params), {name: np.array(values, np.float32) for name, values in curves.items()}
 
 
 def share(hit, of) -> jax.Array:
@@ -1279,13 +1268,8 @@ def run_knowledge(run: Run, cfg: KnowledgeConfig) -> None:
     report.write(run, "When stored knowledge can be extracted", "Knowledge acquisition and extraction", summary, PAPER)
 
 
-def use_all_cores() -> None:
-    """Banks are spread over devices: on a CPU, one a core."""
-    jax.config.update("jax_num_cpu_devices", min(8, parallel.cores()))
-
-
 if __name__ == "__main__":
-    use_all_cores()
+    parallel.use_all_cores()
     sys.exit(
         cli.main(
             "knowledge",

@@ -528,6 +528,47 @@ def adjusted_rand_index(labels: Array, classes: Array) -> float:
     return 1.0 if best == chance else (pairs(cell_sizes) - chance) / (best - chance)
 
 
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+class AttentionMass(NamedTuple):
+    """Sums over queries; two of them are added by `jax.tree.map(jnp.add, a, b)`.
+
+    `mass_LNG / queries` is the mean share of attention that a group gets; `mass_LNG / keys_G` that of one key in it.
+    """
+
+    mass_LNG: Array  # float32, attention from the queries to the keys of a group (here G: groups of keys)
+    keys_G: Array  # int32, pairs of a query and a key of the group
+    queries: Array  # int32 scalar
+
+
+@partial(jax.jit, static_argnames="groups")
+def attention_mass(
+    pattern_LBNTT: Array, query_BQ: Array, group_BT: Array, groups: int, valid_BQ: Array | None = None
+) -> AttentionMass:
+    """Where chosen queries look, by the group of the key: the numbers behind the attention maps of arXiv 2311.12786.
+
+    Args:
+      pattern_LBNTT: `acts["pattern"]`, [..., query, key].
+      query_BQ: int32, Q (here) positions a row that attend; one beyond the row makes the mass NaN.
+      group_BT: int32, the group 0..`groups` - 1 of every key, say BOS, the letter a, the letter b, other; any other
+        number counts nowhere.
+      valid_BQ: bool, queries that count; all by default.
+    """
+    valid_BQ = jnp.ones(query_BQ.shape, bool) if valid_BQ is None else valid_BQ
+    member_BTG = group_BT[:, :, None] == jnp.arange(groups, dtype=group_BT.dtype)[None, None]
+
+    def rows(pattern_LNTT, query_Q):
+        return pattern_LNTT.at[:, :, query_Q].get(mode="fill", fill_value=jnp.nan)
+
+    taken_LBNQT = jax.vmap(rows, (1, 0), 1)(pattern_LBNTT, query_BQ)
+    taken_LBNQT = jnp.where(valid_BQ[None, :, None, :, None], taken_LBNQT, 0.0).astype(jnp.float32)
+    mass_LNG = jnp.einsum("lbnqt,btg->lng", taken_LBNQT, member_BTG.astype(jnp.float32), precision="highest")
+    valid_B = valid_BQ.sum(1, dtype=jnp.int32)
+    keys_G = (member_BTG.sum(1, dtype=jnp.int32) * valid_B[:, None]).sum(0, dtype=jnp.int32)
+    return AttentionMass(mass_LNG, keys_G, valid_B.sum(dtype=jnp.int32))
+
+
 # --- confidence ------------------------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ def main(
     command goes on. A programming error keeps its traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = shlex.join(["python", "-m", f"experiments.{experiment}", *argv])
+    command = shlex.join(["python", "-m", *f"experiments.{experiment}".split(), *argv])
     run = None
     logging.getLogger("absl").addFilter(_no_full_disk)  # Orbax logs the traceback of what we say in one line
     try:
@@ -130,7 +130,7 @@ def parse(
         "--out",
         type=_reader(Path),
         metavar="DIR",
-        help=f"folder of this run; an unfinished run in it goes on (runs/{experiment}-PRESET)",
+        help=f"folder of this run; an unfinished run in it goes on (runs/{experiment.replace(' ', '-')}-PRESET)",
     )
     common.add_argument("--quiet", action="store_true", default=False, help="no progress, only warnings and errors")
     common.add_argument(
@@ -155,7 +155,7 @@ def parse(
         raise InputError(f"unknown {'option' if word.startswith('-') else 'argument'} {word!r}; {hint}")
     values = vars(given)
     preset, quiet, cache = values.pop("preset"), values.pop("quiet"), values.pop("compilation_cache")
-    out = values.pop("out", Path("runs") / f"{experiment}-{preset}")
+    out = values.pop("out", Path("runs") / f"{experiment.replace(' ', '-')}-{preset}")
     return Arguments(dataclasses.replace(presets[preset], **values), preset, out, quiet, cache)
 
 

@@ -585,3 +585,32 @@ def test_adjusted_rand_index_equals_pair_counting():
     assert metrics.adjusted_rand_index([3, 3, 8, 8], [1, 1, 0, 0]) == 1
     assert metrics.adjusted_rand_index([0, 1, 2], [5, 6, 7]) == metrics.adjusted_rand_index([0, 0], [1, 1]) == 1
     assert metrics.adjusted_rand_index(np.arange(4), [0, 0, 1, 1]) == 0
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def test_attention_mass_equals_a_loop_and_adds_over_batches():
+    rng = generator(9)
+    L, B, N, T, groups = 2, 5, 3, 7, 4
+    pattern = rng.dirichlet(np.ones(T), (L, B, N, T)).astype(np.float32)
+    query, group = rng.integers(0, T, (B, 2), np.int32), rng.integers(-1, groups, (B, T), np.int32)
+    valid = np.array([[True, True], [True, False], [False, False], [True, True], [True, False]])
+    query[1, 1], query[2, 0] = 99, -40  # nonsense in unused slots
+    mass, keys = np.zeros((L, N, groups)), np.zeros(groups, np.int32)
+    for b, q, t in itertools.product(range(B), range(2), range(T)):
+        if valid[b, q] and group[b, t] >= 0:
+            mass[:, :, group[b, t]] += pattern[:, b, :, query[b, q], t]
+            keys[group[b, t]] += 1
+    got = metrics.attention_mass(pattern, query, group, groups, valid)
+    np.testing.assert_allclose(got.mass_LNG, mass, rtol=1e-5)
+    np.testing.assert_array_equal(got.keys_G, keys)
+    assert got.queries == valid.sum()
+    parts = [
+        metrics.attention_mass(pattern[:, part], query[part], group[part], groups, valid[part])
+        for part in (slice(0, 2), slice(2, 5))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jax.tree.map(jnp.add, *parts), got)
+    everyone = metrics.attention_mass(pattern, query % T, np.zeros((B, T), np.int32), 1)
+    np.testing.assert_allclose(everyone.mass_LNG, 2.0 * B, rtol=1e-5)
+    assert np.isnan(metrics.attention_mass(pattern, query, group, groups).mass_LNG).any()  # 99 is no position

@@ -1,0 +1,35 @@
+"""Fine-tuning as a thin wrapper around old capabilities (arXiv 2311.12786).
+
+    python -m experiments.wrappers tracr        RASP programs compiled into a transformer, then fine-tuned
+    python -m experiments.wrappers compile      compile a RASP program, run it, check it, save it
+
+Each word has its own `--help`. The paper's other half, models of a probabilistic grammar, is not built yet.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand over to the half that the first word names; exit code 2 and one line if it names none."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["tracr"]:
+        from experiments import wrappers_tracr
+
+        return wrappers_tracr.main(argv[1:])
+    if argv[:1] == ["compile"]:
+        from experiments import wrappers_compile
+
+        return wrappers_compile.main(argv[1:])
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
+    given = f"{argv[0]!r} is none of" if argv else "say which part:"
+    print(f"error: {given} tracr, compile; python -m experiments.wrappers --help explains them", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -296,7 +296,7 @@ def _random(vocab: list, length: int, count: int, seed: int) -> list[list]:
     rows = []
     for number in range(count):
         some = rng.permutation(len(vocab))[: rng.integers(1, len(vocab) + 1)]
-        rows.append([vocab[i] for i in rng.choice(some, number % length + 1)])
+        rows.append([vocab[i] for i in rng.choice(some, length - number % length)])
     return rows
 
 

@@ -698,11 +698,17 @@ def save(path: str | Path, compiled: Compiled, *, step: int = 0, extra: dict[str
 
 
 def load(path: str | Path) -> Compiled:
-    """A model that `save` wrote. `InputError` where there is none, or one that is not compiled."""
+    """A model that `save` wrote. `InputError` where there is none, one that is not compiled, or a bank of fine-tuned
+    ones (`extra["members"]`)."""
     params, cfg, stored = checkpoint.load_transformer(path)
     found = stored.extra.get("rasp")
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a transformer that was not compiled from a program; name another checkpoint")
+    if "members" in stored.extra:
+        raise InputError(
+            f"{path} holds a bank of {len(stored.extra['members'])} models; open it with checkpoint.load_transformer "
+            "and take one"
+        )
     vocab, values = (tuple(map(_from_json, found[name])) for name in ("vocab", "values"))
     return Compiled(params, Layout(cfg, vocab, tuple(found["basis"]), tuple(found["output"]), values, found["program"]))
 

@@ -93,6 +93,16 @@ def seed_band(ax, x, values_SX, **options) -> None:
 
 
 @style()
+def seed_lines(ax, x, values_SX, **options) -> None:
+    """The mean over seeds, and each seed as a thin line: for few seeds. `values_SX` has a row a seed."""
+    values_SX = np.asarray(values_SX, float)
+    (drawn,) = ax.plot(x, values_SX.mean(0), **{"marker": "o"} | options)
+    thin = options | {"label": None, "marker": "", "linewidth": 0.7, "alpha": 0.5, "color": drawn.get_color()}
+    for values_X in values_SX if len(values_SX) > 1 else ():
+        ax.plot(x, values_X, **thin)
+
+
+@style()
 def bars(ax, labels: Sequence, values, *, low=None, high=None, **options) -> None:
     """One bar a label; `low` and `high` add intervals."""
     values = np.asarray(values, float)

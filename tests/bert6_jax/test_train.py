@@ -1,6 +1,7 @@
 """The train loop: schedules of the paper, equality over devices, resume after any kill, guards."""
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -97,6 +98,20 @@ def test_warmup_rises_and_falls_to_nearly_zero():
     np.testing.assert_allclose(rates[10:], np.arange(90, 0, -1) / 90, rtol=1e-5)
     with pytest.raises(InputError, match="schedule"):
         train.learning_rate(train.OptimizerConfig(schedule="exponential"), 0, 1, 1)
+
+
+@pytest.mark.parametrize(("warmup", "rise"), [(0.2, 8), (0.26, 10), (0.0, 1), (1.0, 40)])
+def test_a_cosine_with_warm_up_against_its_formula(warmup, rise):
+    """arXiv 2311.12786: up over a fifth of the steps, then down to a hundredth of the rate."""
+    cfg = train.OptimizerConfig(lr=0.5, schedule="warmup_cosine", warmup=warmup, final=0.01)
+    step = np.arange(40)
+    rates = jax.vmap(lambda s: train.learning_rate(cfg, s, 40, 40))(jnp.asarray(step))
+    done = np.clip((step - rise) / max(40 - rise, 1), 0, 1)
+    expected = 0.5 * np.minimum((step + 1) / rise, 0.01 + 0.99 * (1 + np.cos(np.pi * done)) / 2)
+    np.testing.assert_allclose(rates, expected, rtol=1e-4)
+    np.testing.assert_allclose([rates[0], rates[rise - 1]], [0.5 / rise, 0.5], rtol=1e-6)
+    assert float(rates.max()) <= 0.5 and (rise == 40 or (np.diff(rates[rise:]) < 0).all())
+    np.testing.assert_allclose(train.learning_rate(cfg, 40, 40, 40), 0.005, rtol=1e-4)  # where the next step would be
 
 
 def test_the_optimiser_is_adamw_with_decay_on_everything():
@@ -348,3 +363,176 @@ def test_next_token_loss_respects_segments():
     np.testing.assert_allclose(marked["loss"], -sum(log_p[b, t, ids[b, t + 1]] for b, t in kept), rtol=1e-5)
     _, everything = loss(params, jax.tree.map(jnp.asarray, batch | {"predict": predict | True}), jax.random.key(0))
     assert all(float(everything[name]) == float(sums[name]) for name in sums)
+
+
+# --- grids ---
+
+GRID_STEPS, NOISE = 12, 0.1
+
+
+def noisy_loss(trained, frozen, key, data):
+    """Half the squared distance from w to where a member wants it, plus noise that the step draws."""
+    aim = frozen["aim"] + data["shift"][None] + NOISE * jax.random.normal(key, (2, 3))
+    away = trained["w"] - aim
+    return 0.5 * (away**2).sum(), {"first": away[0, 0]}
+
+
+def grid_of(members, rate=None):
+    """Where they start and what the step reads; a member is (start, rate, seed, base, shift)."""
+    start, lr, seed, base, shift = zip(*members, strict=True)
+    falls = np.linspace(1.0, 0.5, GRID_STEPS, dtype=np.float32)
+    inputs = {
+        "rate": np.array(lr, np.float32)[:, None] * falls[None],
+        "seed": np.array(seed, np.uint32),
+        "frozen": {"aim": np.array([np.full((2, 3), 1.0), np.arange(6.0).reshape(2, 3)], np.float32)},
+        "base": np.array(base, np.int32),
+        "data": {"shift": np.array(shift, np.float32)[:, None].repeat(3, 1)},
+    }
+    return {"w": np.stack([np.full((2, 3), s, np.float32) for s in start])}, inputs
+
+
+def train_grid(members, tx, chunk=4, devices=1, loop=None, **options):
+    trained, inputs = grid_of(members)
+    cfg = train.FitConfig(GRID_STEPS // chunk, 2, snapshots=options.pop("snapshots", ()))
+    state = train.init_grid(trained, tx, jax.random.key(0))
+    step, mesh = step_of(tx, chunk, devices, loop), parallel.make_mesh(devices)
+    return train.fit_grid(step, state, inputs, cfg, mesh, quiet=True, **options)
+
+
+@functools.cache
+def step_of(tx, chunk, devices, loop):
+    return train.grid_step(noisy_loss, tx, chunk, parallel.make_mesh(devices), loop)
+
+
+def plain_grid(members, decay, momentum, clip):
+    """The same in NumPy, float64: where members end, and their losses, noise and gradient norms of every step."""
+    trained, inputs = grid_of(members)
+    ends, seen = [], []
+    for g, (_, _, seed, base, _) in enumerate(members):
+        w, trace = trained["w"][g].astype(float), 0.0
+        aims = inputs["frozen"]["aim"][base] + inputs["data"]["shift"][g]
+        for n in range(GRID_STEPS):
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(np.uint32(seed)), n), (2, 3))
+            grad = w - aims - NOISE * np.asarray(noise, float)
+            seen.append((0.5 * (grad**2).sum(), grad[0, 0], np.sqrt((grad**2).sum())))
+            trace = momentum * trace + grad * min(1.0, clip / seen[-1][2]) + decay * w
+            w = w - inputs["rate"][g, n] * trace
+        ends.append(w)
+    return np.array(ends), np.array(seen).reshape(len(members), GRID_STEPS, 3)
+
+
+# decay needs the parameters and clipping one member's own norm
+SGD = optax.chain(optax.clip_by_global_norm(1.0), optax.add_decayed_weights(0.3), optax.trace(0.9))
+MEMBERS = [(0.0, 0.1, 7, 0, 0.0), (2.0, 0.2, 7, 1, 0.5), (-1.0, 0.05, 2**32 - 1, 0, 1.0), (2.0, 0.0, 8, 1, 0.5)]
+ELEVEN = [(0.1 * g, 0.02 * g, g, g % 2, 0.3 * g) for g in range(11)]
+
+
+@pytest.mark.parametrize(
+    ("members", "devices", "loop"), [(MEMBERS, 1, False), (ELEVEN, 4, None)], ids=["four", "eleven"]
+)
+def test_a_grid_and_its_curves_against_numpy(members, devices, loop):
+    """Momentum, decay and clipping, every member by its own seed, rates, base and data; eleven names to tell apart."""
+    heard, snapshots = [], {}
+    trained, curves = train_grid(
+        members, SGD, 4, devices, loop, snapshots=(0, 1, 3),
+        on_metrics=lambda number, means: heard.append((number, means)),
+        on_snapshot=lambda number, params: snapshots.__setitem__(number, jax.device_get(params)),
+    )  # fmt: skip
+    ends, seen = plain_grid(members, decay=0.3, momentum=0.9, clip=1.0)
+    np.testing.assert_allclose(trained["w"], ends, rtol=1e-5, atol=1e-6)
+    assert curves.keys() == {"loss", "first", "finite"} and (curves["finite"] == 1.0).all()
+    chunks = seen.reshape(len(members), 3, 4, 3).mean(2)
+    np.testing.assert_allclose(curves["loss"], chunks[:, :, 0].T, rtol=1e-4)
+    np.testing.assert_allclose(curves["first"], chunks[:, :, 1].T, rtol=1e-4, atol=1e-5)
+    assert [number for number, _ in heard] == [1, 2, 3]
+    for number, means in heard:
+        assert means == pytest.approx({"loss": chunks[:, number - 1, 0].mean(), "finite": 1.0,
+                                       "first": chunks[:, number - 1, 1].mean()}, rel=1e-4, abs=1e-5)  # fmt: skip
+    assert sorted(snapshots) == [0, 1, 3]
+    np.testing.assert_array_equal(snapshots[0]["w"], grid_of(members)[0]["w"])
+    np.testing.assert_array_equal(snapshots[3]["w"], trained["w"])
+
+
+def test_a_grid_of_one_and_any_cut_are_the_same():
+    """Alone and in company, on one device and more, in chunks of any size, one after the other or side by side."""
+    expected, _ = train_grid(MEMBERS, SGD)
+    for chunk, devices, loop in ((4, 2, True), (1, 4, True), (12, 3, True), (4, 1, False)):
+        found, _ = train_grid(MEMBERS, SGD, chunk, devices, loop)
+        np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6, err_msg=f"{chunk}, {devices}, {loop}")
+    for g, member in enumerate(MEMBERS):
+        alone, curves = train_grid([member], SGD, devices=4)
+        np.testing.assert_allclose(alone["w"][0], expected["w"][g], rtol=1e-6)
+        assert curves["loss"].shape == (3, 1)
+    np.testing.assert_array_equal(expected["w"][3], grid_of(MEMBERS)[0]["w"][3])  # its rate is 0
+
+
+def test_a_member_that_diverges_stops_and_the_others_do_not_notice():
+    wild = [*MEMBERS[:2], (0.0, 1e30, 3, 0, 0.0)]
+    tx = optax.trace(0.9)
+    snapshots = []
+    trained, curves = train_grid(
+        wild, tx, 2, snapshots=tuple(range(7)), on_snapshot=lambda _, params: snapshots.append(jax.device_get(params))
+    )
+    expected, calm = train_grid(wild[:2], tx, 2)
+    np.testing.assert_array_equal(trained["w"][:2], expected["w"])
+    np.testing.assert_array_equal(curves["loss"][:, :2], calm["loss"])
+    assert (curves["finite"][:, :2] == 1.0).all() and (np.diff(curves["finite"][:, 2]) <= 0).all()
+    first = int(curves["finite"][:, 2].argmin())
+    assert curves["finite"][first, 2] == 0.0 and first < 5
+    assert np.isfinite(trained["w"]).all() and np.isfinite(curves["loss"]).all()
+    for snapshot in snapshots[first + 1 :]:
+        np.testing.assert_array_equal(snapshot["w"][2], trained["w"][2])
+    assert (curves["loss"][first + 1 :, 2] == 0.0).all()
+    none, _ = train_grid([wild[2]] * 2, tx, 2)  # nobody is left: the grid ends, with what there was
+    np.testing.assert_array_equal(none["w"], trained["w"][[2, 2]])
+
+
+def test_a_gradient_that_is_not_finite_stops_a_member_too():
+    """Though its loss is: a root at 0."""
+    loss = lambda trained, frozen, key, data: (jnp.sqrt(trained["x"]), {})  # noqa: E731
+    step = jax.jit(train.grid_step(loss, optax.identity(), 3, parallel.make_mesh(1)))
+    state = train.init_grid({"x": np.array([0.0, 1.0], np.float32)}, optax.identity(), jax.random.key(0))
+    inputs = {"rate": np.full((2, 3), 0.1, np.float32), "seed": np.zeros(2, np.uint32), "frozen": {},
+              "base": np.zeros(2, np.int32), "data": {}}  # fmt: skip
+    state, metrics = step(state, None, inputs)
+    assert float(state.params["x"][0]) == 0.0 and 0.8 < float(state.params["x"][1]) < 0.86
+    assert state.opt_state["finite"].tolist() == [False, True]
+    assert [float(metrics[f"finite_{g}"]) for g in range(2)] == [0.0, 1.0] and float(metrics["loss_0"]) == 0.0
+    assert float(metrics["loss"]) == float(metrics["loss_1"]) > 0.9
+
+
+def test_rates_are_data():
+    """One compiled step for every rate."""
+    mesh = parallel.make_mesh(1)
+    step = jax.jit(train.grid_step(noisy_loss, SGD, 4, mesh))
+    trained, inputs = grid_of(MEMBERS)
+    state = train.init_grid(trained, SGD, jax.random.key(0))
+    ends = [step(state, None, inputs | {"rate": inputs["rate"] * np.float32(f)})[0].params["w"] for f in (1, 2, 0)]
+    assert step._cache_size() == 1
+    np.testing.assert_array_equal(ends[2], trained["w"])
+    assert (np.abs(ends[1] - ends[0])[:3] > 1e-3).any((1, 2)).all()
+
+
+# --- members over devices ---
+
+
+@pytest.mark.parametrize(("G", "devices"), [(1, 4), (3, 1), (3, 2), (4, 4), (5, 4)])
+def test_members_over_devices_keep_their_order(G, devices):
+    """Also where they do not divide; trees with keys and truth values among the leaves."""
+    rng = np.random.default_rng(G)
+    members = {
+        "x": jnp.asarray(rng.normal(size=(G, 2)), jnp.float32),
+        "on": jnp.arange(G) % 2 == 0,
+        "key": jax.random.split(jax.random.key(0), G),
+    }
+    shared = jnp.asarray([[1.0, 2.0], [3.0, -1.0]], jnp.float32)
+
+    def fn(matrix, member):
+        y = jnp.where(member["on"], jnp.matmul(matrix, member["x"]), 0.0)
+        return {"y": y, "draw": jax.random.randint(member["key"], (), 0, 1_000_000)}
+
+    for loop in (True, False):
+        found = jax.jit(parallel.over_members(fn, parallel.make_mesh(devices), loop))(shared, members)
+        expected = np.where(np.arange(G)[:, None] % 2 == 0, np.asarray(members["x"]) @ np.asarray(shared).T, 0.0)
+        np.testing.assert_allclose(found["y"], expected, rtol=1e-5, atol=1e-6)
+        assert found["draw"].tolist() == [int(jax.random.randint(k, (), 0, 1_000_000)) for k in members["key"]]

@@ -1,6 +1,7 @@
 """The transformer's own promises: causality, padding, packing, dropout by row, precision, parameter counts."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -215,3 +216,76 @@ def test_settings_that_cannot_be_are_refused():
             dataclasses.replace(TINY, **changes)
     with pytest.raises(ValueError, match="max_len"):
         forward(make(TINY), random_ids((1, 25)), TINY)
+
+
+# --- one position of a model without norms ---
+
+BARE = dataclasses.replace(VARIANTS["compiled"], heads=3, max_len=9, init_std=0.2)
+PACKED = np.array([[1] * 7, [1, 1, 1, 1, 0, 0, 0], [1, 1, 2, 2, 2, 2, 0], [0] * 7], np.int32)  # T = 7 of 9 places
+# programs that compile longer than they run
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.parametrize(
+    ("blocks", "causal", "segment"),
+    [(1, True, PACKED), (2, True, None), (3, False, PACKED), (4, False, None)],
+)
+def test_one_position_of_the_stream_is_that_of_the_whole_pass(blocks, causal, segment):
+    """At every position: values, and the gradient of all parameters of a random function of them."""
+    cfg = dataclasses.replace(BARE, blocks=blocks, causal=causal)
+    params, ids_BT = make(cfg, seed=blocks), random_ids((4, 7), seed=blocks)
+    inputs = {} if segment is None else {"segment_BT": jnp.asarray(segment)}
+
+    def whole(params):
+        return transformer.forward(params, ids_BT, cfg, **inputs)[0]
+
+    def pieces(params):
+        at_T = jnp.arange(7)  # one program for all
+        return jax.vmap(lambda at: transformer.stream_at(params, ids_BT, cfg, at, **inputs), out_axes=1)(at_T)
+
+    @partial(quick, static_argnums=0)
+    def both(stream, params, weight_BTD):
+        value_BTD, pull = jax.vjp(stream, params)
+        return value_BTD, pull(weight_BTD)[0]
+
+    weight_BTD = jnp.asarray(np.random.default_rng(9).normal(size=(4, 7, cfg.width)), jnp.float32)
+    (expected, slope), (found, found_slope) = (both(stream, params, weight_BTD) for stream in (whole, pieces))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(found_slope), jax.tree.leaves(slope), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name.endswith("k.bias"):  # its gradient is 0, what is left there is rounding
+            other = jnp.zeros_like(other)
+        scale = np.abs(slope["blocks"]["attn"]["k"]["kernel"] if name.endswith("k.bias") else other).max()
+        assert scale > 1e-3, name
+        np.testing.assert_allclose(one, other, atol=2e-5 * scale, err_msg=name)
+
+
+def test_one_position_of_a_bank():
+    members = [make(BARE, seed) for seed in range(3)]
+    bank = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    ids_GBT, segment_BT = random_ids((3, 4, 7)), jnp.asarray(PACKED)
+    one = lambda params, ids_BT: transformer.stream_at(params, ids_BT, BARE, 2, segment_BT=segment_BT)  # noqa: E731
+    found_GBD = quick(jax.vmap(one))(bank, ids_GBT)
+    for g, params in enumerate(members):
+        expected_BTD, _ = forward(params, ids_GBT[g], BARE, segment_BT=segment_BT)
+        np.testing.assert_allclose(found_GBD[g], expected_BTD[:, 2], atol=1e-5 * np.abs(expected_BTD).max())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm": "pre"},
+        {"norm": "post"},
+        {"types": 2},
+        {"dtype": "bfloat16"},
+        {"dropout": 0.1},
+        {"attention_dropout": 0.1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_one_position_is_refused_where_the_sum_does_not_hold(changes):
+    cfg = dataclasses.replace(BARE, **changes)
+    with pytest.raises(ValueError, match="stream_at reads float32 models .*; use forward"):
+        transformer.stream_at(make(cfg), random_ids((2, 5)), cfg, 1)

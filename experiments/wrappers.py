@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from experiments.harness import cli
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Hand over to the half that the first word names; exit code 2 and one line if it names none."""
@@ -27,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__.strip())
         return 0
     given = f"{argv[0]!r} is none of" if argv else "say which part:"
-    print(f"error: {given} tracr, compile; python -m experiments.wrappers --help explains them", file=sys.stderr)
-    return 2
+    return cli.fail(f"{given} tracr, compile; python -m experiments.wrappers --help explains them")
 
 
 if __name__ == "__main__":

@@ -59,17 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--out {args.out} exists, checkpoints are never overwritten; name another folder")
         vocab, characters = _vocabulary(args.vocab)
         sequences = [_sequence(text, vocab, characters) for text in args.input]
-        cli._prepare_jax(compilation_cache=True)
+        cli.prepare_jax(compilation_cache=True)
         return 0 if _compile(args, program, vocab, sequences) else 1
     except InputError as error:
         line = _line(error.__cause__, path) if path is not None else ""
-        return cli._fail(f"{error}{line and f' ({path.name}, {line})'}")
+        return cli.fail(f"{error}{line and f' ({path.name}, {line})'}")
     except KeyboardInterrupt:
-        return cli._fail("no checkpoint was written", 130, "interrupted")
+        return cli.fail("no checkpoint was written", 130, "interrupted")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli._Parser(
+    parser = cli.Parser(
         prog=COMMAND,
         description="Compile a RASP program into a transformer, show what both say, check them against each other.",
         epilog=_EPILOG,
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="words where there is a comma or a space, as numbers if all of them are whole numbers (with a minus: "
         "--vocab=-1,0,1); else every character is a token",
     )
-    whole, number = cli._reader(int, low=1), cli._reader(float)
+    whole, number = cli.reader(int, low=1), cli.reader(float)
     parser.add_argument("--length", required=True, type=whole, metavar="N", help="tokens that a sequence may have")
     parser.add_argument(
         "--input",
@@ -112,9 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         help="score of a selected key (as much as is needed; the paper's is 100)",
     )
     parser.add_argument(
-        "--out", type=cli._reader(Path), metavar="DIR", help="checkpoint to write, if nothing differed (none)"
+        "--out", type=cli.reader(Path), metavar="DIR", help="checkpoint to write, if nothing differed (none)"
     )
-    parser.add_argument("--seed", type=cli._reader(int, low=0), default=0, metavar="N", help="of --check (0)")
+    parser.add_argument("--seed", type=cli.reader(int, low=0), default=0, metavar="N", help="of --check (0)")
     return parser
 
 
@@ -255,7 +255,7 @@ def _save(path: Path, model: compiler.Compiled) -> None:
     try:
         compiler.save(path, model)
     except Exception as error:
-        full = cli._full_disk(error) is not None
+        full = cli.full_disk(error) is not None
         if not full and not isinstance(error, OSError):
             raise
         why = "the disk is full" if full else error.strerror or error

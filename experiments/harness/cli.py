@@ -69,7 +69,7 @@ def main(
     try:
         with _sigterm_raises():
             arguments = parse(experiment, config_class, presets, description, examples, argv)
-            _prepare_jax(arguments.compilation_cache)
+            prepare_jax(arguments.compilation_cache)
             with Run.open(
                 arguments.out,
                 experiment,
@@ -85,20 +85,20 @@ def main(
     except InputError as error:
         if run is not None:
             run.forget_if_empty()  # so that the corrected command may use the same folder
-        return _fail(str(error))
+        return fail(str(error))
     except KeyboardInterrupt as error:
         code = 143 if isinstance(error, Terminated) else 130
         word = "terminated" if code == 143 else "interrupted"
-        return _fail(f"the same command goes on from here: {command}" if run else "nothing was started", code, word)
+        return fail(f"the same command goes on from here: {command}" if run else "nothing was started", code, word)
     except Exception as error:
-        full = _full_disk(error)
+        full = full_disk(error)
         if full is not None:
             where = full or (f"a file in {run.out}" if run else "a file")
-            return _fail(
+            return fail(
                 f"disk full while writing {where}; free space and run the same command again, finished stages are kept"
             )
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-            return _fail(f"{error.filename}: {error.strerror}; use a path that you may read and write")
+            return fail(f"{error.filename}: {error.strerror}; use a path that you may read and write")
         raise
     finally:
         logging.getLogger("absl").removeFilter(_no_full_disk)
@@ -113,7 +113,7 @@ def parse(
     argv: Sequence[str] | None = None,
 ) -> Arguments:
     """Read the command line; the first preset is the default one. `InputError` says what to change."""
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m experiments.{experiment}",
         usage="%(prog)s [--preset NAME] [--out DIR] [options]",
         description=description,
@@ -128,7 +128,7 @@ def parse(
     common.add_argument("--preset", choices=list(presets), default=first, help=f"settings to start from ({first})")
     common.add_argument(
         "--out",
-        type=_reader(Path),
+        type=reader(Path),
         metavar="DIR",
         help=f"folder of this run; an unfinished run in it goes on (runs/{experiment.replace(' ', '-')}-PRESET)",
     )
@@ -166,7 +166,9 @@ was killed and it goes on; what is finished is skipped. Other settings want anot
 examples:"""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises `InputError` where argparse would print its usage and exit."""
+
     def error(self, message: str):
         raise InputError(f"{message}; {self.prog} --help explains the options")
 
@@ -183,7 +185,7 @@ def _add_option(group, field: dataclasses.Field, hint, presets: Mapping[str, Any
         group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         return
     choices = field.metadata.get("choices")
-    read = _reader(hint, optional, choices, field.metadata.get("min"), field.metadata.get("max"))
+    read = reader(hint, optional, choices, field.metadata.get("min"), field.metadata.get("max"))
     group.add_argument(name, type=read, help=text, metavar=_metavar(hint, choices))
 
 
@@ -200,7 +202,7 @@ def _optional(hint) -> tuple[Any, bool]:
 _WORDS = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
-def _reader(hint, optional: bool = False, choices=None, low=None, high=None) -> Callable[[str], Any]:
+def reader(hint, optional: bool = False, choices=None, low=None, high=None) -> Callable[[str], Any]:
     """A function from the text of an option to its value."""
     many = typing.get_origin(hint) is tuple
     kind = typing.get_args(hint)[0] if many else hint
@@ -246,7 +248,8 @@ def _show(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if value is None else str(value)
 
 
-def _prepare_jax(compilation_cache: bool) -> None:
+def prepare_jax(compilation_cache: bool) -> None:
+    """Join a multi-process run if there is one; keep compiled programs on disk if wanted."""
     import jax
 
     from bert6_jax import parallel
@@ -278,7 +281,8 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fail(message: str, code: int = 2, word: str = "error") -> int:
+def fail(message: str, code: int = 2, word: str = "error") -> int:
+    """Say what went wrong in one line on stderr; returns the exit code."""
     print(f"{word}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return code
 
@@ -286,7 +290,7 @@ def _fail(message: str, code: int = 2, word: str = "error") -> int:
 _FULL = ("No space left on device", "Disk quota exceeded")
 
 
-def _full_disk(error: BaseException | None) -> str | None:
+def full_disk(error: BaseException | None) -> str | None:
     """The file that a full disk stopped ("" if nobody says), None for any other error.
 
     TensorStore, under Orbax, raises a ValueError whose text alone tells; it may hide behind another error.

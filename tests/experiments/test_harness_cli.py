@@ -312,13 +312,13 @@ def cache_dir_setting():
 def test_the_compilation_cache_lies_beside_the_data(tmp_path, monkeypatch, cache_dir_setting):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("BERT6_JAX_CACHE", str(tmp_path / "cache"))
-    cli._prepare_jax(False)
+    cli.prepare_jax(False)
     assert cache_dir_setting() is None and not (tmp_path / "cache").exists()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
-    cli._prepare_jax(True)
+    cli.prepare_jax(True)
     assert cache_dir_setting() is None
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    cli._prepare_jax(True)
+    cli.prepare_jax(True)
     assert cache_dir_setting() == str(tmp_path / "cache" / "xla") and (tmp_path / "cache" / "xla").is_dir()
 
 
@@ -326,7 +326,7 @@ def test_a_cache_that_cannot_be_made_costs_nothing(tmp_path, monkeypatch, cache_
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("BERT6_JAX_CACHE", str(tmp_path / "file"))
-    cli._prepare_jax(True)
+    cli.prepare_jax(True)
     assert cache_dir_setting() is None
 
 

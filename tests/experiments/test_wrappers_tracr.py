@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from bert6_jax import checkpoint, parallel
+from bert6_jax.errors import InputError
 from experiments import wrappers
 from experiments import wrappers_tracr as study
 from experiments.harness.claims import NOT_SUPPORTED, NOT_TESTED, SUPPORTED
@@ -81,6 +82,9 @@ class Finished(NamedTuple):
     def stage(self, name):
         with np.load(self.out / f"stages/{name}-{self.program}.npz") as file:
             return dict(file)
+
+    def bank(self, name):
+        return checkpoint.load_transformer(self.out / f"checkpoints/{name}-{self.program}")[0]
 
 
 @pytest.fixture(scope="module", params=study.PROGRAMS)
@@ -214,7 +218,7 @@ def test_pruned_weights_do_what_the_table_says(finished):
             as_it_is = tuned["accuracy"][grid.index(t), -1, UNTIED]
             np.testing.assert_array_equal(pruned["accuracy"][j, way, 0, 1], as_it_is)
         np.testing.assert_array_equal(pruned["accuracy"][j, 0, 1], pruned["accuracy"][j, 1, 1])
-    bank, layout = compiler.load(finished.out / f"checkpoints/tune-{finished.program}"), world.old.layout
+    bank, layout = finished.bank("tune"), world.old.layout
     for j, k in ((0, 1), (3, CFG.pruned)):
         seed = members[j].seed
         name = study.weight_names(CFG, world, pruned["index"][j])[k - 1]  # blocks.1.mlp.out.kernel[3, 4]
@@ -222,7 +226,7 @@ def test_pruned_weights_do_what_the_table_says(finished):
         path, place = path.split("."), [int(i) for i in place.split(", ")]
         if path[0] == "blocks":
             place.insert(0, int(path.pop(1)))
-        params = jax.tree.map(np.array, study.take(bank.params, grid.index(members[j])))
+        params = jax.tree.map(np.array, study.take(bank, grid.index(members[j])))
         leaf = params
         for step in path:
             leaf = leaf[step]
@@ -280,6 +284,8 @@ def test_models_are_checkpoints(finished):
     for part, tunings in banks.items():
         saved = checkpoint.load(folder / f"{part}-{finished.program}")
         members = saved.extra["members"]
+        with pytest.raises(InputError, match=f"bank of {len(members)} models"):
+            compiler.load(folder / f"{part}-{finished.program}")
         assert len(members) == len(tunings) == (20 if finished.program == "counter" else 16)
         assert all(leaf.shape[0] == len(members) for leaf in jax.tree.leaves(saved.tree))
         for member, t in zip(members, tunings, strict=True):
@@ -340,7 +346,7 @@ def test_killed_twice_it_goes_on_to_the_same_numbers(finished, tmp_path, monkeyp
         assert rows_of(out, table) == finished.rows(table), table
     mine, theirs = (json.loads((folder / "claims.json").read_text()) for folder in (out, finished.out))
     assert mine == [claim for claim in theirs if claim in mine] and len(mine) > 10
-    assert len(compiler.load(out / "checkpoints/reverse-counter").params["embed"]["token"]) == 20
+    assert finished._replace(out=out).bank("reverse")["embed"]["token"].shape[0] == 20
 
 
 @counter_only
@@ -354,7 +360,7 @@ def test_a_cell_alone_is_the_cell_in_its_bank(finished, tmp_path):
     assert alone.found.keys() == bank.keys()
     for name, values in alone.found.items():
         np.testing.assert_allclose(values[0], bank[name][g], atol=1e-4, err_msg=name)
-    models = compiler.load(finished.out / "checkpoints/tune-counter").params
+    models = finished.bank("tune")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b[g], atol=1e-4), alone.params(), models)
 
 

@@ -318,11 +318,13 @@ def stream_at(params: Params, ids_BT, cfg: TransformerConfig, position: int, *, 
     counting program (D = 77, 21 positions) takes a third of the time. No token types, no dropout.
 
     Raises:
-      ValueError: a model with norms, token types or dropout, or in a dtype other than float32.
+      ValueError: a model with norms, token types or dropout, or in a dtype other than float32; rows that are too long.
     """
     if cfg.norm != "none" or cfg.types or cfg.dtype != "float32" or cfg.dropout or cfg.attention_dropout:
         raise ValueError("stream_at reads float32 models without norms, token types and dropout only; use forward")
     B, T = ids_BT.shape
+    if T > cfg.max_len:
+        raise ValueError(f"rows of {T} tokens do not fit max_len = {cfg.max_len}")
     inner, scale = cfg.heads * cfg.head_width, np.float32(cfg.head_width**-0.5)
     mask_BTT = None if segment_BT is None and not cfg.causal else attention_mask(
         jnp.ones_like(ids_BT) if segment_BT is None else segment_BT, cfg.causal

@@ -617,8 +617,10 @@ def exact(run: Run, cfg: TracrConfig, world: World, count: int = 10_000) -> dict
     """Share of random strings that the compiled model answers as the program does, without and with noise, [1 + S].
 
     Raises:
-      InputError: one of them below 0.99; then nothing is kept.
+      InputError: one of them below 0.99, or fewer weights than are to be pruned; then nothing is kept.
     """
+    if cfg.pruned > (most := transformer.num_params(world.old.params)):
+        raise InputError(f"--pruned {cfg.pruned} is more than the {most} weights of the {world.name}; lower it")
 
     def stage() -> dict:
         # half tied, half not: every pair of answers that may come
@@ -662,12 +664,10 @@ class Found(NamedTuple):
     probes: np.ndarray | None  # [J, M, operand]
 
 
-def study(run: Run, cfg: TracrConfig, name: str, mesh) -> Found:
-    world = make_world(cfg, name)
-    if cfg.pruned > (most := transformer.num_params(world.old.params)):
-        raise InputError(f"--pruned {cfg.pruned} is more than the {most} weights of the {name}; lower it")
+def study(run: Run, cfg: TracrConfig, world: World, right: np.ndarray, mesh) -> Found:
+    """Everything about one program; `right` from `exact`."""
+    name = world.name
     first = grid(cfg) + (controls(cfg) if "reverse" in cfg.parts else [])
-    right = exact(run, cfg, world)["right"]
     tuned = tune(run, cfg, world, f"tune-{name}", first, cfg.steps, mesh)
     maps = attention_maps(run, cfg, world, tuned) if kept(cfg) else None
     back = pruned = probes = None
@@ -1243,7 +1243,9 @@ def draw_probes(run: Run, cfg: TracrConfig, f: Found) -> None:
 def run_tracr(run: Run, cfg: TracrConfig) -> None:
     mesh = parallel.make_mesh()
     with jax.default_matmul_precision("highest"):  # sharp attention and steep steps want every bit
-        found = {name: study(run, cfg, name, mesh) for name in cfg.programs}
+        worlds = [make_world(cfg, name) for name in cfg.programs]
+        right = [exact(run, cfg, world)["right"] for world in worlds]  # of all programs before anything is trained
+        found = {w.name: study(run, cfg, w, share, mesh) for w, share in zip(worlds, right, strict=True)}
     run.write_claims([claim for f in found.values() for claim in judge(cfg, f)])
     write_tables(run, cfg, found)
     for f in found.values():

@@ -366,7 +366,7 @@ def test_a_cell_alone_is_the_cell_in_its_bank(finished, tmp_path):
 
 def test_programs_share_a_run_but_no_claim(tmp_path, worlds, monkeypatch):
     """The whole command, from made-up numbers on."""
-    monkeypatch.setattr(study, "study", lambda run, cfg, name, mesh: made_up(cfg, worlds[name], True))
+    monkeypatch.setattr(study, "study", lambda run, cfg, world, right, mesh: made_up(cfg, worlds[world.name], True))
     out = tmp_path / "run"
     assert call(out) == 0
     ids = [claim["id"] for claim in json.loads((out / "claims.json").read_text())]
@@ -560,6 +560,10 @@ def test_claims_follow_the_numbers(fake):
     assert [(claim.id, claim.measured) for claim in yes if claim.verdict != SUPPORTED] == []
     assert [(claim.id, claim.measured) for claim in no if claim.verdict != NOT_SUPPORTED] == []
     assert all(claim.seeds == 3 and claim.interval and "2311.12786" in claim.paper for claim in yes)
+    # 20 steps against 40; and where it never gets there, all steps against 20
+    for listed, expected in ((yes, 1.0), (no, np.log2(20 / FULL.reverse_steps))):
+        ratios = [claim.measured for claim in listed if "_sooner_" in claim.id]
+        assert len(ratios) == 6 and ratios == pytest.approx([expected] * 6)
 
 
 def test_claims_on_models_that_diverged_are_not_tested(fake):

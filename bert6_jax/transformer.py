@@ -314,8 +314,8 @@ def stream_at(params: Params, ids_BT, cfg: TransformerConfig, position: int, *, 
     Without norms the residual stream is a sum of what was written to it, so every sublayer reads each writer through
     the product of their matrices (virtual weights, Elhage et al., A Mathematical Framework for Transformer Circuits,
     2021): the stream of width D is never formed, the embedding is read as V + P rows, and the last block is computed
-    for one query only. Equal to `forward` up to the order of sums; on two CPU cores a training step of the compiled
-    counting program (D = 77, 21 positions) takes a third of the time. No token types, no dropout.
+    for one query only. Equal to `forward` up to the order of sums; a training step of the compiled counting program
+    (D = 77, 21 positions, batch 96) takes 4.6 ms of one CPU core in place of 16. No token types, no dropout.
 
     Raises:
       ValueError: a model with norms, token types or dropout, or in a dtype other than float32; rows that are too long.

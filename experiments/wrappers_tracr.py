@@ -1114,7 +1114,7 @@ def draw(run: Run, cfg: TracrConfig, f: Found) -> None:
 @figures.style()
 def draw_maps(run: Run, cfg: TracrConfig, f: Found) -> None:
     name, layout = f.world.name, f.world.old.layout
-    tokens = [(*map(str, layout.vocab), "BOS", "pad")[i] for i in f.maps["ids"]]
+    tokens = [(*map(str, layout.vocab), "$", "#")[i] for i in f.maps["ids"]]
     rows = ["compiled", *(f"{t.rate:g}, {t.correlation:g}" for t in kept(cfg) if t.seed == cfg.seed)]
     blocks = f.world.cfg.blocks
     fig, axes = figures.new(1, blocks, height=1.4 + 0.28 * len(rows), width=1.4 * figures.WIDTH, sharey=True,
@@ -1127,7 +1127,7 @@ def draw_maps(run: Run, cfg: TracrConfig, f: Found) -> None:
     axes[0, 0].set(ylabel="rate, C_Tr")
     run.figure(f"{name}_maps", fig, alt=f"{name}: attention to one string before and after fine-tuning",
                caption=f"{name}. Attention where the answer is read to one untied string (first seed), before and "
-               "after fine-tuning.")  # fmt: skip
+               "after fine-tuning; the dollar is BOS, # a pad.")  # fmt: skip
 
 
 @figures.style()

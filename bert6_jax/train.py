@@ -458,6 +458,11 @@ class _Signals:
 MemberLoss = Callable[[Any, Any, jax.Array, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
+def take(tree: Any, index) -> Any:
+    """Some members of a grid: `leaf[index]` of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
 def init_grid(trained_G: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """A grid before its first step: `trained_G` has the leading axis G."""
     G = jax.tree.leaves(trained_G)[0].shape[0]
@@ -492,7 +497,7 @@ def grid_step(
     def members_chunk(shared, member):
         first, frozen_P = shared
         trained, opt_state, finite, rate_S, seed, base, data = member
-        frozen = jax.tree.map(lambda leaf: leaf[base], frozen_P)
+        frozen = take(frozen_P, base)
 
         def step(now, trained):
             key = jax.random.fold_in(jax.random.key(seed), now)

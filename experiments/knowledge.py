@@ -32,6 +32,7 @@ import numpy as np
 from bert6_jax import checkpoint, one_layer, parallel, train
 from bert6_jax.errors import InputError
 from bert6_jax.one_layer import QUESTION_AT, STATEMENT_AT, OneLayerConfig, Recipe
+from bert6_jax.train import take
 from experiments import knowledge_text
 from experiments.harness import claims, cli, figures, report
 from experiments.harness.claims import Claim, interval, named
@@ -399,10 +400,6 @@ def worlds_of(world: FactsConfig, key_G, sizes_G) -> facts.World:
 @partial(jax.jit, static_argnums=(0, 1))
 def starts_of(model: OneLayerConfig, world: FactsConfig, key_G) -> one_layer.Params:
     return jax.vmap(lambda key: one_layer.init(key, model, facts.token_names(world)))(key_G)
-
-
-def take(tree, index):
-    return jax.tree.map(lambda x: x[index], tree)
 
 
 def fit(run: Run, label: str, step, state: train.TrainState, inputs, recipe: Recipe, mesh, watch=None):

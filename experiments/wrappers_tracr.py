@@ -34,6 +34,7 @@ import optax
 from bert6_jax import checkpoint, interventions, metrics, parallel, train, transformer
 from bert6_jax.errors import InputError
 from bert6_jax.objectives import cross_entropy
+from bert6_jax.train import take
 from experiments.harness import claims, cli, figures, report
 from experiments.harness.claims import Claim, proportion
 from experiments.harness.cli import option
@@ -319,11 +320,8 @@ def places(cfg: TracrConfig, members: Sequence[Tuning]) -> np.ndarray:
 
 
 def stack(trees: Sequence[Any]):
+    """Trees as one with a leading axis, on the host, where it compiles nothing."""
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
-
-
-def take(tree, index):
-    return jax.tree.map(lambda x: x[index], tree)
 
 
 class Tuned(NamedTuple):

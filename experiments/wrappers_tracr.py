@@ -174,7 +174,7 @@ PRESETS = {
     "demo": TracrConfig(
         programs=("counter",), length=12, rates=(1e-1, 1e-2, 1e-3), correlations=(0.0, 0.5, 1.0), steps=1_000, seeds=3,
         test_rows=500, after_rates=(1e-1, 1e-2, 1e-3), after_correlations=(1.0,), reverse_rates=(1e-2, 1e-4),
-        reverse_steps=1_000, prune_rows=500, probe_rows=2_000, probe_steps=400,
+        reverse_steps=800, pruned=10, prune_rows=500, probe_rows=2_000, probe_steps=400,
     ),
     "small": TracrConfig(),
     "paper": TracrConfig(length=45, exactness=10_000.0, noise=1e-6, steps=10_000, reverse_steps=10_000,

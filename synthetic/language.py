@@ -12,7 +12,7 @@ So a content word can be told from its context in three steps: the class needs t
 word that may stand beyond a phrase (number), and the rest of the sentence and document (topic); the member needs the
 cue, wherever the template puts it. A pronoun takes the number of the sentence before it. The members of a class have
 the same distribution in context up to the cue: these are the *planted classes*. Without the cue the best guess would
-always be the most frequent member (the fixture trap of the sheet, section 6).
+always be the most frequent member.
 
 Given the main and side topic and the number of the sentence before, sentences are independent, and given topic,
 template and number so are the pairs. Hence the posterior of a hidden word given everything visible in the row is a
@@ -441,7 +441,7 @@ def word_ids(language: Language, vocab: dict[str, int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Corruption:
-    """Masked-language-model corruption (sheet, section 3): `rate` of the positions are modified; of these `mask` become
+    """Masked-language-model corruption (BERT's): `rate` of the positions are modified; of these `mask` become
     [MASK], `random` a uniform id among all `vocab_size` ids of the tokenizer, and the rest keep their word."""
 
     vocab_size: int

@@ -245,8 +245,7 @@ class Recipe:
 
     def rates(self, lr: float, schedule: str = "constant") -> jax.Array:
         """The rate of every step, float32 [steps]; see `train.OptimizerConfig`, a run being one epoch."""
-        cfg = train.OptimizerConfig(lr=lr, schedule=schedule)
-        return jax.vmap(lambda step: train.learning_rate(cfg, step, self.steps, self.steps))(jnp.arange(self.steps))
+        return train.learning_rates(train.OptimizerConfig(lr=lr, schedule=schedule), self.steps)
 
 
 RowsFn = Callable[[jax.Array, Any], jax.Array]  # (key, a member's data) -> ids [B, T]

@@ -103,6 +103,11 @@ def learning_rate(cfg: OptimizerConfig, step, steps, steps_per_epoch) -> jax.Arr
     return cfg.lr * share
 
 
+def learning_rates(cfg: OptimizerConfig, steps: int) -> jax.Array:
+    """The rate of every step of a run that is one epoch, float32 [steps]."""
+    return jax.vmap(lambda step: learning_rate(cfg, step, steps, steps))(jnp.arange(steps))
+
+
 class ScheduleState(NamedTuple):
     count: jax.Array  # int32, updates made
     steps: jax.Array  # int32, of the whole run

@@ -114,12 +114,9 @@ class KnowledgeConfig(knowledge_text.TextConfig):
             if not self.text:
                 raise InputError("--parts and --text are both empty, so there is nothing to do; name a part or a set")
             return
-        for name in ("templates", "multiplicities", "tuned", "confound_tuned", "ranks", "schedules", "variations"):
-            given = getattr(self, name)
-            if len(set(given)) < len(given):
-                raise InputError(
-                    f"--{name.replace('_', '-')} {','.join(map(str, given))} names a value twice; drop one"
-                )
+        cli.no_value_twice(
+            self, ("templates", "multiplicities", "tuned", "confound_tuned", "ranks", "schedules", "variations")
+        )
         if self.choose in ("known", "unknown") and not self.zipf:
             raise InputError(f"--choose {self.choose} needs subjects that differ in exposure; give --zipf, say 1")
         if "gradient" in self.parts and "grid" not in self.parts:

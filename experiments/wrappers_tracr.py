@@ -109,20 +109,18 @@ class TracrConfig:
         for name in ("programs", "rates", "correlations"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is empty; give at least one value")
-        for name in (
-            "programs",
-            "rates",
-            "correlations",
-            "parts",
-            "after_rates",
-            "after_correlations",
-            "reverse_rates",
-        ):
-            given = getattr(self, name)
-            if len(set(given)) < len(given):
-                raise InputError(
-                    f"--{name.replace('_', '-')} {','.join(map(str, given))} names a value twice; drop one"
-                )
+        cli.no_value_twice(
+            self,
+            (
+                "programs",
+                "rates",
+                "correlations",
+                "parts",
+                "after_rates",
+                "after_correlations",
+                "reverse_rates",
+            ),
+        )
         for name in ("steps", "reverse_steps", "probe_steps"):
             if getattr(self, name) % CHUNK:
                 raise InputError(
@@ -395,7 +393,7 @@ def grid_inputs(cfg: TracrConfig, tunings: Sequence[Tuning], steps: int) -> dict
 
     def rates(rate):
         schedule = train.OptimizerConfig(lr=rate, schedule="warmup_cosine", warmup=cfg.warmup, final=cfg.final)
-        return jax.vmap(lambda step: train.learning_rate(schedule, step, steps, steps))(jnp.arange(steps))
+        return train.learning_rates(schedule, steps)
 
     by_rate = {rate: np.asarray(rates(rate)) for rate in {t.rate for t in tunings}}
     # other strings on the way back, also for a parent of the same seed
@@ -560,7 +558,7 @@ def probe(run: Run, cfg: TracrConfig, world: World, tuned: Tuned, mesh) -> dict[
 
         steps, J = cfg.probe_steps, len(members)
         schedule = train.OptimizerConfig(lr=cfg.probe_rate, schedule="step")
-        rate = jax.vmap(lambda s: train.learning_rate(schedule, s, steps, steps))(jnp.arange(steps))
+        rate = train.learning_rates(schedule, steps)
         inputs = {
             "rate": np.tile(rate, (J, 1)), "seed": np.full(J, cfg.seed, np.uint32), "frozen": {},
             "base": np.zeros(J, np.int32),

@@ -44,6 +44,14 @@ def option(default, text: str, group: str, **more):
     return dataclasses.field(default=default, metadata={"help": text, "group": group} | more)
 
 
+def no_value_twice(config: Any, names: Sequence[str]) -> None:
+    """`InputError` if one of these tuple fields of a config holds a value twice."""
+    for name in names:
+        given = getattr(config, name)
+        if len(set(given)) < len(given):
+            raise InputError(f"--{name.replace('_', '-')} {','.join(map(str, given))} names a value twice; drop one")
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: the batch system wants the machine back."""
 

@@ -33,7 +33,8 @@ import optax
 from bert6_jax import parallel, train, transformer
 from bert6_jax.objectives import cross_entropy
 from experiments import wrappers_tracr as tracr
-from experiments.wrappers_tracr import CHUNK, READ, TracrConfig
+from experiments.wrappers_parts import CHUNK, stack
+from experiments.wrappers_tracr import READ, TracrConfig
 
 EQUAL = 1e-4
 QUICK = {"rates": (1e-1, 1e-3), "correlations": (0.0, 1.0), "seeds": 1, "steps": 100, "test_rows": 100, "parts": ()}
@@ -42,7 +43,7 @@ QUICK = {"rates": (1e-1, 1e-3), "correlations": (0.0, 1.0), "seeds": 1, "steps":
 def by_grid(cfg: TracrConfig, world, tunings, mesh, step=None):
     """Train cells by `train.grid_step`: their models, the step for another call."""
     step = step or train.grid_step(tracr.make_loss(cfg, world), tracr.optimizer(cfg), CHUNK, mesh)
-    starts = tracr.stack([tracr.fresh(cfg, world, t.start, t.seed) for t in tunings])
+    starts = stack([tracr.fresh(cfg, world, t.start, t.seed) for t in tunings])
     params, _ = train.fit_grid(
         step,
         train.init_grid(starts, tracr.optimizer(cfg), jax.random.key(0)),
@@ -143,7 +144,7 @@ def main() -> None:
         steppers = {rate: make(rate) for rate in {t.rate for t in few}}  # a rate is part of the program here
         for number, t in enumerate(few):
             timed(f"plain, cell {number}", lambda t=t: plain(cfg, world, t, steps, one, steppers[t.rate]))
-        mine = accuracy(tracr.take(bank, np.array([tunings.index(t) for t in few])), few)
+        mine = accuracy(train.take(bank, np.array([tunings.index(t) for t in few])), few)
         differ, other = (
             float(
                 np.abs(

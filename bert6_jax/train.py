@@ -260,9 +260,13 @@ def _compiled(step, mesh, structure, shardings):
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-def log_spaced(steps: int, even: int = 0) -> tuple[int, ...]:
-    """0, 1, 2, 4, 8, ... and the last step; with `even` also so many at equal distances."""
-    powers = (2**i for i in range(steps.bit_length()) if 2**i < steps)
+def log_spaced(steps: int, even: int = 0, per_octave: int = 1) -> tuple[int, ...]:
+    """0, 1, 2, 4, 8, ... and the last step; with `even` also so many at equal distances.
+
+    `per_octave`: how many from a power of two up to the next, rounded to whole steps.
+    """
+    powers = (round(2 ** (i / per_octave)) for i in range(per_octave * steps.bit_length()))
+    powers = (power for power in powers if power < steps)
     return tuple(sorted({0, *powers, *(round(steps * i / even) for i in range(1, even)), steps}))
 
 
@@ -558,14 +562,19 @@ def fit_grid(
     cfg: FitConfig,
     mesh: jax.sharding.Mesh,
     *,
+    folder: str | Path | None = None,
+    description: dict[str, Any] | None = None,
+    on_start: Callable[[int], None] = lambda number: None,
     on_metrics: Callable[[int, dict[str, float]], None] = lambda number, means: None,
     on_snapshot: Callable[[int, Any], None] = lambda number, trained: None,
     label: str = "train",
+    tokens_per_step: int = 0,
     quiet: bool = False,
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """Train a grid: what is trained, on the host, and the curve of every member's metrics, `[chunks, G]` each.
 
-    `cfg` counts in chunks. `on_metrics` hears the number of chunks done and the means over members.
+    `cfg` counts in chunks, `tokens_per_step` too. `on_metrics` hears the number of chunks done and the means over
+    members. With `folder` the state is kept as by `fit`; then the curves begin where this process did.
     """
     curves: dict[str, list] = {}
     G = len(inputs["rate"])
@@ -582,9 +591,13 @@ def fit_grid(
         cfg,
         frozen=inputs,
         mesh=mesh,
+        folder=folder,
+        description=description,
+        on_start=on_start,
         on_metrics=collect,
         on_snapshot=on_snapshot,
         label=label,
+        tokens_per_step=tokens_per_step,
         quiet=quiet,
     )
     return jax.device_get(state.params), {name: np.array(values, np.float32) for name, values in curves.items()}

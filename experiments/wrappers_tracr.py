@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,17 +39,29 @@ from experiments.harness import claims, cli, figures, report
 from experiments.harness.claims import Claim, proportion
 from experiments.harness.cli import option
 from experiments.harness.run import Run
+from experiments.wrappers_parts import (
+    CHUNK,
+    NEW,
+    OLD,
+    PAPER,
+    TIED,
+    UNTIED,
+    Tuned,
+    lift,
+    probe_bank,
+    rates,
+    seeded,
+    stack,
+    steps_to,
+)
 from synthetic import compiler, operands, rasp
 from synthetic.compiler import Compiled
 
-PAPER = "2311.12786"
 PROGRAMS = ("counter", "max_identifier")
 PARTS = ("reverse", "prune", "probe")
 READ = 2  # where the answer is read: index 1 of the program, after BOS
 LARGE, MIDDLE, SMALL, VERY_SMALL = 1e-1, 1e-2, 1e-3, 1e-4  # the paper's names for its rates
 KEYS = ("BOS", "old operand", "new operand", "other letters")  # groups of keys that attention is summed over
-OLD, NEW = 0, 1  # the operand of an accuracy
-UNTIED, TIED = 0, 1  # C_Te
 BLOCK = {"counter": 1, "max_identifier": 2}  # whose attention reads the operand
 
 # what a member's key is folded with, one number a purpose
@@ -150,9 +162,6 @@ class TracrConfig:
         return [self.seed + s for s in range(self.seeds)]
 
 
-CHUNK = 20  # steps that a member takes before the next one's turn
-
-
 # settings that decide which strings a program has
 TABLE_OF = {
     "counter": ("length", "letters", "q", "independent"),
@@ -215,13 +224,6 @@ def make_world(cfg: TracrConfig, name: str) -> World:
 
 def rasp_letters(count: int) -> tuple[str, ...]:
     return tuple(chr(ord("a") + i) for i in range(count))
-
-
-def seeded(seed: int, *purposes) -> jax.Array:
-    key = jax.random.key(seed)
-    for purpose in purposes:
-        key = jax.random.fold_in(key, purpose)
-    return key
 
 
 class Strings(NamedTuple):
@@ -317,22 +319,6 @@ def places(cfg: TracrConfig, members: Sequence[Tuning]) -> np.ndarray:
     return np.array([t.seed - cfg.seed for t in members], np.int32)
 
 
-def stack(trees: Sequence[Any]):
-    """Trees as one with a leading axis, on the host, where it compiles nothing."""
-    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
-
-
-class Tuned(NamedTuple):
-    """A grid of fine-tuned models."""
-
-    tunings: list[Tuning]
-    params: Callable[[], Any]  # [G, ...], read from the checkpoint when first asked for
-    found: dict[str, np.ndarray]  # [G, ...]
-
-    def of(self, tuning: Tuning) -> dict[str, np.ndarray]:
-        return {name: values[self.tunings.index(tuning)] for name, values in self.found.items()}
-
-
 def looker(cfg: TracrConfig, world: World, mesh):
     """`(params, seed) [G, ...] -> {accuracy [G, C_Te, operand], said [G, C_Te, A], attention [G, L, N, keys]}`.
 
@@ -390,16 +376,10 @@ def optimizer(cfg: TracrConfig) -> optax.GradientTransformation:
 
 def grid_inputs(cfg: TracrConfig, tunings: Sequence[Tuning], steps: int) -> dict[str, Any]:
     """What `train.grid_step` reads beside the models."""
-
-    def rates(rate):
-        schedule = train.OptimizerConfig(lr=rate, schedule="warmup_cosine", warmup=cfg.warmup, final=cfg.final)
-        return train.learning_rates(schedule, steps)
-
-    by_rate = {rate: np.asarray(rates(rate)) for rate in {t.rate for t in tunings}}
     # other strings on the way back, also for a parent of the same seed
     seeds = [int(jax.random.bits(seeded(t.seed, ROWS if t.operand == NEW else BACK_ROWS))) for t in tunings]
     return {
-        "rate": np.stack([by_rate[t.rate] for t in tunings]),
+        "rate": rates([t.rate for t in tunings], steps, cfg.warmup, cfg.final),
         "seed": np.array(seeds, np.uint32),
         "frozen": {},
         "base": np.zeros(len(tunings), np.int32),
@@ -521,7 +501,11 @@ def probed(cfg: TracrConfig) -> list[Any]:
 
 def probe(run: Run, cfg: TracrConfig, world: World, tuned: Tuned, mesh) -> dict[str, np.ndarray]:
     """Linear probes of both answers at every depth, where the answer is read: accuracy [J, M, operand] on untied test
-    strings. A bank: the probes of a model are trained together and touch only themselves."""
+    strings."""
+
+    def features(strings, params):
+        _, acts = transformer.forward(params, strings.ids_BT, world.cfg, segment_BT=strings.segment_BT)
+        return acts["resid"][:, :, READ]
 
     def stage() -> dict:
         members = probed(cfg)
@@ -529,60 +513,14 @@ def probe(run: Run, cfg: TracrConfig, world: World, tuned: Tuned, mesh) -> dict[
             take(tuned.params(), tuned.tunings.index(m)) if isinstance(m, Tuning) else fresh(cfg, world, *m)
             for m in members
         ])  # fmt: skip
-        M, D, A = world.cfg.depths, world.cfg.width, len(world.old.layout.values)
-        sets = (by_seed(cfg, world, PROBE, 0.0, cfg.probe_rows), test_strings(cfg, world)[UNTIED])
         seed_J = np.array([(m.seed if isinstance(m, Tuning) else m[1]) - cfg.seed for m in members], np.int32)
-
-        def features(strings, params):
-            _, acts = transformer.forward(params, strings.ids_BT, world.cfg, segment_BT=strings.segment_BT)
-            return acts["resid"][:, :, READ]
-
-        def scaled(sets, member):
-            """Centred and divided by one number a depth, so that a model of small numbers is read as well (ours)."""
-            params, seed = member
-            train_MND, test_MND = (features(strings, params) for strings in take(sets, seed))
-            mean_M1D = train_MND.mean(1, keepdims=True)
-            size_M11 = jnp.sqrt(((train_MND - mean_M1D) ** 2).mean((1, 2), keepdims=True))
-            return [(x_MND - mean_M1D) / jnp.maximum(size_M11, 1e-20) for x_MND in (train_MND, test_MND)]
-
-        x_JMND, test_JMND = jax.jit(parallel.over_members(scaled, mesh))(sets, (models, seed_J))
-
-        def said(probes, x_MBD):
-            return jnp.einsum("mbd,mpda->bmpa", x_MBD, probes["kernel"]) + probes["bias"][None]
-
-        def loss(probes, frozen, key, data):
-            row_B = jax.random.randint(key, (cfg.batch,), 0, cfg.probe_rows)
-            target_BMP = jnp.broadcast_to(data["answer"][row_B][:, None], (cfg.batch, M, 2))
-            # a sum over probes of their means, so that each has its own gradient
-            return cross_entropy(said(probes, data["x"][:, row_B]), target_BMP).mean(0).sum(), {}
-
-        steps, J = cfg.probe_steps, len(members)
-        schedule = train.OptimizerConfig(lr=cfg.probe_rate, schedule="step")
-        rate = train.learning_rates(schedule, steps)
-        inputs = {
-            "rate": np.tile(rate, (J, 1)), "seed": np.full(J, cfg.seed, np.uint32), "frozen": {},
-            "base": np.zeros(J, np.int32),
-            "data": {"x": x_JMND, "answer": sets[0].answer_B2[seed_J]},
-        }  # fmt: skip
-        start = {"kernel": np.zeros((J, M, 2, D, A), np.float32), "bias": np.zeros((J, M, 2, A), np.float32)}
-        adam = optax.scale_by_adam()
-        probes, _ = train.fit_grid(
-            train.grid_step(loss, adam, CHUNK, mesh),
-            train.init_grid(start, adam, jax.random.key(0)),
-            inputs,
-            train.FitConfig(steps // CHUNK, min(5, steps // CHUNK)),
-            mesh,
-            label=f"probe-{world.name}",
-            quiet=run.quiet,
-        )
-
-        def right(_, member):
-            probes, x_MND, answer_B2 = member
-            said_BMP = said(probes, x_MND).argmax(-1).astype(jnp.int32)
-            return (said_BMP == answer_B2[:, None]).astype(jnp.float32).mean(0)
-
-        got = jax.jit(parallel.over_members(right, mesh))((), (probes, test_JMND, sets[1].answer_B2[seed_J]))
-        return {"accuracy": jax.device_get(got)}
+        sets = (by_seed(cfg, world, PROBE, 0.0, cfg.probe_rows), test_strings(cfg, world)[UNTIED])
+        right = probe_bank(
+            features, models, seed_J, sets, [strings.answer_B2 for strings in sets], len(world.old.layout.values),
+            steps=cfg.probe_steps, rate=cfg.probe_rate, batch=cfg.batch, seed=cfg.seed, mesh=mesh,
+            label=f"probe-{world.name}", quiet=run.quiet,
+        )  # fmt: skip
+        return {"accuracy": right}
 
     return run.stage(f"probe-{world.name}", stage)
 
@@ -699,12 +637,6 @@ def revival(cfg: TracrConfig, f: Found, start, rate: float) -> tuple[np.ndarray,
     return runs[0]["step"], np.stack([found["accuracy"][:, UNTIED, OLD] for found in runs])
 
 
-def steps_to(cfg: TracrConfig, steps_X: np.ndarray, right_SX: np.ndarray) -> np.ndarray:
-    """The first look at which the old capability is back, [S]; infinite where it never is."""
-    there_SX = right_SX >= cfg.revived
-    return np.where(there_SX.any(1), steps_X[there_SX.argmax(1)], np.inf)
-
-
 def pruned_of(cfg: TracrConfig, f: Found, rate: float, correlation: float) -> np.ndarray:
     """Accuracies of the pruning sweeps, [S, how, K + 1, set, operand]."""
     members = kept(cfg)
@@ -712,11 +644,9 @@ def pruned_of(cfg: TracrConfig, f: Found, rate: float, correlation: float) -> np
                      for seed in cfg.seed_list])  # fmt: skip
 
 
-def lift(sweep_SKZO: np.ndarray) -> np.ndarray:
-    """What the best single weight gives on test strings, [S]: chosen on the strings that scored, among the K."""
-    best_S = sweep_SKZO[:, 1:, 0, OLD].argmax(1) + 1
-    test_SK = sweep_SKZO[:, :, 1, OLD].astype(np.float64).round(6)  # shares of strings, without the last bit
-    return np.take_along_axis(test_SK, best_S[:, None], 1)[:, 0] - test_SK[:, 0]
+def lifted(sweep_SKZO: np.ndarray) -> np.ndarray:
+    """What the best single weight gives the old operand on test strings, [S]."""
+    return lift(sweep_SKZO[..., 0, OLD], sweep_SKZO[..., 1, OLD])
 
 
 def probes_of(cfg: TracrConfig, f: Found, *who) -> np.ndarray:
@@ -826,8 +756,8 @@ def judge_back(cfg: TracrConfig, f: Found, claim) -> None:
     def sooner(after, rate):
         """log2 of the steps that the faster baseline needs over those of reverse fine-tuning; who never gets there
         counts with all steps, which favours neither side."""
-        baselines = [steps_to(cfg, *revival(cfg, f, start, rate)) for start in (("new", after, 0.0), "random")]
-        reverse = steps_to(cfg, *revival(cfg, f, ("old", after, 1.0), rate))
+        baselines = [steps_to(cfg.revived, *revival(cfg, f, start, rate)) for start in (("new", after, 0.0), "random")]
+        reverse = steps_to(cfg.revived, *revival(cfg, f, ("old", after, 1.0), rate))
         if (reverse == 0).any():
             return claims.not_tested(lost, cfg.seeds)
         scratch = np.minimum(*baselines)
@@ -848,7 +778,7 @@ def judge_pruning(cfg: TracrConfig, f: Found, claim) -> None:
     for rate in cfg.after_rates:
         if 1.0 in cfg.after_correlations:
             sweeps = pruned_of(cfg, f, rate, 1.0)
-            gain, random = lift(sweeps[:, 1]), np.maximum(lift(sweeps[:, 3]), lift(sweeps[:, 4]))
+            gain, random = lifted(sweeps[:, 1]), np.maximum(lifted(sweeps[:, 3]), lifted(sweeps[:, 4]))
             after = f"After tied strings alone (rate {rate:g}) one pruned weight"
             claim(f"pruned_{rate:g}", "pruning", f"{after} lifts the accuracy for the old operand at C_Te = 0",
                   "by more than 0.6 (Counter)", [],
@@ -857,7 +787,7 @@ def judge_pruning(cfg: TracrConfig, f: Found, claim) -> None:
                   "many random weights or weights of the same size (the better of both)", "above 0", [],
                   lambda gain=gain, random=random: claims.greater_than(gain - random, 0.0))  # fmt: skip
     if 0.0 in cfg.after_correlations and LARGE in cfg.after_rates:
-        gain = lift(pruned_of(cfg, f, LARGE, 0.0)[:, 1])
+        gain = lifted(pruned_of(cfg, f, LARGE, 0.0)[:, 1])
         claim("pruned_learnt", "pruning", f"After untied strings alone at rate {LARGE:g} one pruned weight does not "
               "lift the accuracy for the old operand at C_Te = 0", "small", [],
               lambda: claims.less_than(gain, 0.1))  # fmt: skip
@@ -971,7 +901,7 @@ def write_tables(run: Run, cfg: TracrConfig, found: dict[str, Found]) -> None:
         for start, what in starts(cfg):
             for rate in cfg.reverse_rates:
                 steps, right = revival(cfg, f, start, rate)
-                first = steps_to(cfg, steps, right)
+                first = steps_to(cfg.revived, steps, right)
                 row = {"program": name, "start": what, "reverse_rate": rate, "seeds": cfg.seeds}
                 row |= proportion("before", right[:, 0]) | proportion("after", right[:, -1])
                 row |= {"revived": int(np.isfinite(first).sum()),
@@ -993,8 +923,8 @@ def write_tables(run: Run, cfg: TracrConfig, found: dict[str, Found]) -> None:
             for c in cfg.after_correlations:
                 sweeps = pruned_of(cfg, f, rate, c)
                 row = {"program": name, "rate": rate, "C_Tr": c} | proportion("before", sweeps[:, 0, 0, 1, OLD])
-                row |= claims.named("lift", lift(sweeps[:, 1])) | claims.named("lift_random", lift(sweeps[:, 3]))
-                row |= claims.named("lift_same_magnitude", lift(sweeps[:, 4]))
+                row |= claims.named("lift", lifted(sweeps[:, 1])) | claims.named("lift_random", lifted(sweeps[:, 3]))
+                row |= claims.named("lift_same_magnitude", lifted(sweeps[:, 4]))
                 for way in (0, 2):
                     row |= proportion(f"{WAYS[way]}, best of {cfg.pruned}", sweeps[:, way, :, 1, OLD].max(1))
                 member = kept(cfg).index(Tuning("old", NEW, rate, c, cfg.seed))

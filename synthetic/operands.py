@@ -72,9 +72,9 @@ def counter_tables(length: int, letters: int = 9, q: int = 1, independent: str =
     Raises:
       InputError: sizes out of range, another rule, or a q with which no string is tied.
     """
-    _check_whole("length", length, 1)
-    _check_whole("letters", letters, 3, ALPHABET)
-    _check_whole("q", q)
+    check_whole("length", length, 1)
+    check_whole("letters", letters, 3, ALPHABET)
+    check_whole("q", q)
     if independent not in INDEPENDENT:
         raise InputError(f"independent is {independent!r}; choose one of {', '.join(INDEPENDENT)}")
     tied: dict[tuple[int, int, int], float] = {}
@@ -112,15 +112,15 @@ def max_tables(
     Raises:
       InputError: sizes or ranks out of range, or an n with which no string, or every string, is tied.
     """
-    _check_whole("letters", letters, 2, ALPHABET)
-    _check_whole("length", length, 1)
+    check_whole("letters", letters, 2, ALPHABET)
+    check_whole("length", length, 1)
     if not sizes or len(set(sizes)) < len(sizes):
         raise InputError(f"sizes are {tuple(sizes)!r}; give different numbers of letters, one at least")
     for n in sizes:
-        _check_whole("a size", n, 2, min(length, letters))
+        check_whole("a size", n, 2, min(length, letters))
     for name, rank in (("rank_pt", rank_pt), ("rank_ft", rank_ft)):
-        _check_whole(name, rank, 0, min(sizes) - 1)
-    _check_whole("q", q)
+        check_whole(name, rank, 0, min(sizes) - 1)
+    check_whole("q", q)
     if rank_pt == rank_ft:
         raise InputError(f"rank_pt and rank_ft are both {rank_pt}; give different ranks")
     low, high = sorted((rank_pt, rank_ft))
@@ -158,7 +158,8 @@ def _binomial(n: int, m: int, k: int) -> float:
     return math.comb(n, k) * (m - 1) ** (n - k) / m**n
 
 
-def _check_whole(name: str, value, low: int | None = None, high: int | None = None) -> None:
+def check_whole(name: str, value, low: int | None = None, high: int | None = None) -> None:
+    """Raises InputError unless `value` is a whole number from `low` to `high`."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or (low is not None and value < low) or (high is not None and value > high):
         span = "" if low is None else f" from {low} on" if high is None else f" from {low} to {high}"
@@ -213,23 +214,39 @@ def sample(key: jax.Array, tables: Tables, correlation: jax.Array | float, n_row
     Raises:
       InputError: `n_rows` below 1, or a `correlation` that is a number outside 0..1 (arrays are not checked).
     """
-    _check_whole("n_rows", n_rows, 1)
-    _check_correlation(correlation)
+    check_whole("n_rows", n_rows, 1)
     L, V = tables.length, tables.letters
     # one draw for all: threefry compiles longer than it runs
     wide = L if tables.ranks is None else V
     bits = jax.random.bits(key, (n_rows, 2 + 2 * wide), jnp.uint32)
-    tied_B = (bits[:, 0] >> 8).astype(jnp.float32) * np.float32(2**-24) < jnp.asarray(correlation, jnp.float32)
-    edge_X, cell_X3 = _edges(tables)
-    point_B = jnp.where(tied_B, jnp.uint32(0), jnp.uint32(HALF)) + (bits[:, 1] >> 1)
-    at_B = (edge_X[None] <= point_B[:, None]).sum(1, dtype=jnp.int32)
-    size_B, pt_B, ft_B = jnp.asarray(cell_X3)[at_B].T
+    tied_B, cell_B3 = cells(bits[:, :2], tables, correlation)
+    size_B, pt_B, ft_B = cell_B3.T
     strings = _counter_strings if tables.ranks is None else _max_strings
     letter_BL = strings(tables, bits[:, 2 : 2 + wide], bits[:, 2 + wide :], size_B, pt_B, ft_B)
     inside_BL = jnp.arange(L)[None] < size_B[:, None]
     ids_BT = jnp.pad(jnp.where(inside_BL, letter_BL, V + 1), ((0, 0), (1, 0)), constant_values=V)
     segment_BT = jnp.pad(inside_BL.astype(jnp.int32), ((0, 0), (1, 0)), constant_values=1)
     return Rows(ids_BT.astype(jnp.int32), segment_BT, pt_B, ft_B, tied_B)
+
+
+def cells(bits_B2: jax.Array, tables: Tables, correlation: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    """Which rows are tied, each with chance `correlation`, and their (size, old answer, new answer), from random bits.
+
+    Args:
+      bits_B2: uint32, two words a row.
+
+    Returns:
+      tied_B (bool) and cell_B3 (int32).
+
+    Raises:
+      InputError: a `correlation` that is a number outside 0..1 (arrays are not checked).
+    """
+    _check_correlation(correlation)
+    tied_B = (bits_B2[:, 0] >> 8).astype(jnp.float32) * np.float32(2**-24) < jnp.asarray(correlation, jnp.float32)
+    edge_X, cell_X3 = _edges(tables)
+    point_B = jnp.where(tied_B, jnp.uint32(0), jnp.uint32(HALF)) + (bits_B2[:, 1] >> 1)
+    at_B = (edge_X[None] <= point_B[:, None]).sum(1, dtype=jnp.int32)
+    return tied_B, jnp.asarray(cell_X3)[at_B]
 
 
 def _edges(tables: Tables) -> tuple[np.ndarray, np.ndarray]:
@@ -245,20 +262,20 @@ def _edges(tables: Tables) -> tuple[np.ndarray, np.ndarray]:
     return edge_X[wide_X][:-1].astype(np.uint32), tables.cell_X3[wide_X]
 
 
-def _keys(bits: jax.Array) -> jax.Array:
-    """Different keys above 0 within a row: the lowest bits are the place."""
+def order_keys(bits: jax.Array) -> jax.Array:
+    """Different keys above 0 within a row, from random words [B, X]: the lowest bits are the place."""
     low = bits.shape[-1].bit_length()
     return (bits >> low << low) | jnp.arange(1, bits.shape[-1] + 1, dtype=jnp.uint32)[None]
 
 
-def _before(key, among) -> jax.Array:
-    """For every place of a row how many `among` the others ([B, 1 or V, V]) have a lower key."""
+def before(key: jax.Array, among: jax.Array | bool) -> jax.Array:
+    """For every place of a row how many `among` the others (bool [B, 1 or X, X]) have a lower key: int32 [B, X]."""
     # by comparison: a sort compiles, and for so few runs, longer
     return ((key[:, None] < key[:, :, None]) & among).sum(-1, dtype=jnp.int32)
 
 
 def _counter_strings(tables: Tables, order_bits, letter_bits, _, a_B, b_B) -> jax.Array:
-    rank_BL = _before(_keys(order_bits), True)
+    rank_BL = before(order_keys(order_bits), True)
     other_BL = 2 + (letter_bits % np.uint32(tables.letters - 2)).astype(jnp.int32)
     is_ab_BL = rank_BL < (a_B + b_B)[:, None]
     return jnp.where(is_ab_BL, (rank_BL >= a_B[:, None]).astype(jnp.int32), other_BL)
@@ -271,8 +288,8 @@ def _max_strings(tables: Tables, choice_bits, order_bits, size_B, pt_B, ft_B) ->
     # three parts of the alphabet, each up to and with a given letter, which comes first; the rest fills them at random
     part_BV = sum((v_V[None] > x_B[:, None]).astype(jnp.int32) for x_B in (pt_B, ft_B))
     room_BV = jnp.where(part_BV == 0, low + 1, jnp.where(part_BV == 1, high - low, (size_B - high - 1)[:, None]))
-    key_BV = jnp.where(given, jnp.uint32(0), _keys(choice_bits))
-    in_BV = _before(key_BV, part_BV[:, None] == part_BV[:, :, None]) < room_BV
-    place_BV = _before(_keys(order_bits), in_BV[:, None])
+    key_BV = jnp.where(given, jnp.uint32(0), order_keys(choice_bits))
+    in_BV = before(key_BV, part_BV[:, None] == part_BV[:, :, None]) < room_BV
+    place_BV = before(order_keys(order_bits), in_BV[:, None])
     here_BLV = in_BV[:, None] & (place_BV[:, None] == jnp.arange(tables.length, dtype=jnp.int32)[None, :, None])
     return jnp.where(here_BLV, v_V[None, None], 0).sum(-1, dtype=jnp.int32)

@@ -114,6 +114,13 @@ def test_a_cosine_with_warm_up_against_its_formula(warmup, rise):
     np.testing.assert_allclose(train.learning_rate(cfg, 40, 40, 40), 0.005, rtol=1e-4)  # where the next step would be
 
 
+def test_log_spaced_steps_by_hand():
+    assert train.log_spaced(20) == (0, 1, 2, 4, 8, 16, 20) and train.log_spaced(16) == (0, 1, 2, 4, 8, 16)
+    assert train.log_spaced(20, per_octave=2) == (0, 1, 2, 3, 4, 6, 8, 11, 16, 20)
+    assert train.log_spaced(5, per_octave=4) == (0, 1, 2, 3, 4, 5) and train.log_spaced(1, per_octave=3) == (0, 1)
+    assert train.log_spaced(20, even=4, per_octave=2) == (0, 1, 2, 3, 4, 5, 6, 8, 10, 11, 15, 16, 20)
+
+
 def test_the_optimiser_is_adamw_with_decay_on_everything():
     """Against Optax's own AdamW under a constant rate; decay on biases and norms too (recipe of the paper)."""
     cfg = train.OptimizerConfig(lr=1e-2, schedule="constant", weight_decay=0.1)
@@ -393,7 +400,8 @@ def grid_of(members, rate=None):
 
 def train_grid(members, tx, chunk=4, devices=1, loop=None, **options):
     trained, inputs = grid_of(members)
-    cfg = train.FitConfig(GRID_STEPS // chunk, 2, snapshots=options.pop("snapshots", ()))
+    cut = {name: options.pop(name) for name in ("snapshots", "checkpoint_every") if name in options}
+    cfg = train.FitConfig(GRID_STEPS // chunk, 2, **cut)
     state = train.init_grid(trained, tx, jax.random.key(0))
     step, mesh = step_of(tx, chunk, devices, loop), parallel.make_mesh(devices)
     return train.fit_grid(step, state, inputs, cfg, mesh, quiet=True, **options)
@@ -464,6 +472,30 @@ def test_a_grid_of_one_and_any_cut_are_the_same():
         np.testing.assert_allclose(alone["w"][0], expected["w"][g], rtol=1e-6)
         assert curves["loss"].shape == (3, 1)
     np.testing.assert_array_equal(expected["w"][3], grid_of(MEMBERS)[0]["w"][3])  # its rate is 0
+
+
+def test_a_grid_killed_in_the_middle_goes_on_to_the_same_end(tmp_path):
+    """With momentum and, so that `finite` is kept too, a member that stopped before."""
+    members = [*MEMBERS[:3], (0.0, np.inf, 3, 0, 0.0)]
+    expected, curves = train_grid(members, SGD)
+    begun, heard = [], []
+
+    def noted(number, _):
+        heard.append(number)
+        if heard == [1, 2]:
+            raise ZeroDivisionError
+
+    options = {"folder": tmp_path, "checkpoint_every": 1, "on_start": begun.append, "on_metrics": noted}
+    with pytest.raises(ZeroDivisionError):
+        train_grid(members, SGD, description={"lr": 1}, **options)
+    with pytest.raises(InputError, match="other settings .lr"):
+        train_grid(members, SGD, description={"lr": 2}, **options)
+    trained, rest = train_grid(members, SGD, description={"lr": 1}, **options)
+    assert begun == [0, 1] and heard == [1, 2, 2, 3]  # what was not saved is done again
+    np.testing.assert_array_equal(trained["w"], expected["w"])
+    assert rest.keys() == curves.keys() and curves["finite"][:, 3].tolist() == [0.0] * 3
+    for name, values in curves.items():
+        np.testing.assert_array_equal(rest[name], values[1:], err_msg=name)
 
 
 def test_a_member_that_diverges_stops_and_the_others_do_not_notice():

@@ -218,7 +218,7 @@ def test_settings_that_cannot_be_are_refused():
         forward(make(TINY), random_ids((1, 25)), TINY)
 
 
-# --- one position of a model without norms ---
+# --- one position only ---
 
 BARE = dataclasses.replace(VARIANTS["compiled"], heads=3, max_len=9, init_std=0.2)
 PACKED = np.array([[1] * 7, [1, 1, 1, 1, 0, 0, 0], [1, 1, 2, 2, 2, 2, 0], [0] * 7], np.int32)  # T = 7 of 9 places
@@ -274,9 +274,57 @@ def test_one_position_of_a_bank():
 
 
 @pytest.mark.parametrize(
+    ("blocks", "causal", "segment", "position"),
+    [(1, False, PACKED, 2), (2, True, PACKED[:3], -2)],  # the last row is padding that no token precedes
+)
+def test_one_position_of_a_pre_norm_model_is_that_of_the_whole_pass(blocks, causal, segment, position):
+    """Values, and the gradient of all parameters of a random function of them."""
+    cfg = dataclasses.replace(VARIANTS["pre"], blocks=blocks, causal=causal, max_len=9, activation="gelu_tanh")
+    params, ids_BT, segment_BT = make(cfg), random_ids(segment.shape), jnp.asarray(segment)
+
+    def whole(params):
+        return transformer.forward(params, ids_BT, cfg, segment_BT=segment_BT)[0][:, position]
+
+    def piece(params):
+        return transformer.stream_at(params, ids_BT, cfg, position, segment_BT=segment_BT)
+
+    @partial(quick, static_argnums=0)
+    def both(stream, params, weight_BD):
+        value_BD, pull = jax.vjp(stream, params)
+        return value_BD, pull(weight_BD)[0]
+
+    weight_BD = jnp.asarray(np.random.default_rng(9).normal(size=(len(segment), cfg.width)), jnp.float32)
+    (expected, slope), (found, found_slope) = (both(stream, params, weight_BD) for stream in (whole, piece))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(found_slope), jax.tree.leaves(slope), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name.endswith("k.bias"):  # rounding in the whole pass
+            other, scale = jnp.zeros_like(other), np.abs(slope["blocks"]["attn"]["k"]["kernel"]).max()
+        else:
+            scale = np.abs(other).max()
+        assert scale > 1e-3 or name.startswith("head"), name
+        np.testing.assert_allclose(one, other, atol=2e-5 * scale, err_msg=name)
+
+
+def test_one_position_of_a_causal_pre_norm_model_does_not_see_what_follows():
+    cfg = dataclasses.replace(VARIANTS["pre"], causal=True, blocks=2)
+    params, ids_BT = make(cfg), np.array(random_ids((3, 7)))
+    ids_BT[1:] = ids_BT[0]
+    ids_BT[1, 5:], ids_BT[2, 4] = 0, 0
+    found_BD = quick(lambda params, ids_BT: transformer.stream_at(params, ids_BT, cfg, 4))(params, ids_BT)
+    expected_BTD, _ = quick(lambda params, ids_BT: transformer.forward(params, ids_BT, cfg))(params, ids_BT)
+    np.testing.assert_allclose(found_BD, expected_BTD[:, 4], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found_BD[0], found_BD[1], rtol=1e-6, atol=1e-6)
+    assert np.abs(found_BD[2] - found_BD[0]).max() > 0.01
+    with pytest.raises(IndexError):
+        transformer.stream_at(params, ids_BT, cfg, 7)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
-        {"norm": "pre"},
         {"norm": "post"},
         {"types": 2},
         {"dtype": "bfloat16"},
@@ -285,7 +333,14 @@ def test_one_position_of_a_bank():
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_one_position_is_refused_where_the_sum_does_not_hold(changes):
+def test_one_position_is_refused_where_it_is_not_supported(changes):
     cfg = dataclasses.replace(BARE, **changes)
     with pytest.raises(ValueError, match="stream_at reads float32 models .*; use forward"):
         transformer.stream_at(make(cfg), random_ids((2, 5)), cfg, 1)
+
+
+@pytest.mark.parametrize("norm", ["none", "pre"])
+def test_one_position_of_rows_that_are_too_long(norm):
+    cfg = dataclasses.replace(BARE, norm=norm)
+    with pytest.raises(ValueError, match="rows of 10 tokens do not fit max_len = 9"):
+        transformer.stream_at(make(cfg), random_ids((2, 10)), cfg, 1)

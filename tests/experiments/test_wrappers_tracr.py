@@ -17,25 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bert6_jax import checkpoint, parallel
+from bert6_jax import checkpoint, parallel, train
 from bert6_jax.errors import InputError
 from experiments import wrappers
 from experiments import wrappers_tracr as study
 from experiments.harness.claims import NOT_SUPPORTED, NOT_TESTED, SUPPORTED
 from experiments.harness.run import Run
-from experiments.wrappers_tracr import (
-    LARGE,
-    MIDDLE,
-    NEW,
-    OLD,
-    READ,
-    SMALL,
-    TIED,
-    UNTIED,
-    VERY_SMALL,
-    TracrConfig,
-    Tuning,
-)
+from experiments.wrappers_parts import NEW, OLD, TIED, UNTIED, Tuned, seeded
+from experiments.wrappers_tracr import LARGE, MIDDLE, READ, SMALL, VERY_SMALL, TracrConfig, Tuning
 from synthetic import compiler, operands, rasp
 
 # as many members, steps and looks in reverse as before it, so that both are one program
@@ -226,14 +215,14 @@ def test_pruned_weights_do_what_the_table_says(finished):
         path, place = path.split("."), [int(i) for i in place.split(", ")]
         if path[0] == "blocks":
             place.insert(0, int(path.pop(1)))
-        params = jax.tree.map(np.array, study.take(bank, grid.index(members[j])))
+        params = jax.tree.map(np.array, train.take(bank, grid.index(members[j])))
         leaf = params
         for step in path:
             leaf = leaf[step]
         assert leaf[tuple(place)] != 0
         leaf[tuple(place)] = 0
         for which, (purpose, rows) in enumerate(((study.SCORE, CFG.prune_rows), (study.TEST, CFG.test_rows))):
-            strings = study.sample(world, study.seeded(seed, purpose), np.float32(0.0), rows)
+            strings = study.sample(world, seeded(seed, purpose), np.float32(0.0), rows)
             out_BTA = compiler.output_logits(params, strings.ids_BT, strings.segment_BT, layout)
             said_B = np.asarray(out_BTA)[:, READ].argmax(-1)
             right = [(said_B == np.asarray(strings.answer_B2)[:, operand]).mean() for operand in (OLD, NEW)]
@@ -241,7 +230,7 @@ def test_pruned_weights_do_what_the_table_says(finished):
     rows = finished.rows("pruned")
     assert [(float(row["rate"]), float(row["C_Tr"])) for row in rows] == [(LARGE, 1.0), (SMALL, 1.0)]
     for row, of in zip(rows, ([0, 2], [1, 3]), strict=True):
-        assert float(row["lift"]) == pytest.approx(study.lift(pruned["accuracy"][of, 1]).mean(), abs=1e-6)
+        assert float(row["lift"]) == pytest.approx(study.lifted(pruned["accuracy"][of, 1]).mean(), abs=1e-6)
         assert row["best weight, first seed"] in study.weight_names(CFG, world, pruned["index"][of[0]])
 
 
@@ -297,7 +286,7 @@ def test_models_are_checkpoints(finished):
 def test_run_again_trains_nothing_and_changes_nothing(finished, monkeypatch):
     names = ["claims.json", *(f"tables/{name}.csv" for name in TABLES)]
     before = {name: (finished.out / name).read_bytes() for name in names}
-    monkeypatch.setattr(study.train, "fit_grid", None)  # whoever trains fails
+    monkeypatch.setattr(train, "fit_grid", None)  # whoever trains fails
     monkeypatch.setattr(compiler, "save", None)
     monkeypatch.setattr(study, "draw", lambda *_: None)
     assert call(finished.out, programs=("counter",)) == 0
@@ -308,7 +297,7 @@ def test_run_again_trains_nothing_and_changes_nothing(finished, monkeypatch):
 def test_killed_twice_it_goes_on_to_the_same_numbers(finished, tmp_path, monkeypatch):
     """By SIGTERM while it trains, and while the second grid is written."""
     settings, out = {"programs": ("counter",), "parts": ("reverse",)}, tmp_path / "run"
-    looker, save, fit_grid, trained = study.looker, compiler.save, study.train.fit_grid, []
+    looker, save, fit_grid, trained = study.looker, compiler.save, train.fit_grid, []
 
     def deadly(*args):
         look, looks = looker(*args), itertools.count()
@@ -338,7 +327,7 @@ def test_killed_twice_it_goes_on_to_the_same_numbers(finished, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "save", interrupted)
         assert call(out, **settings) == 130
-    monkeypatch.setattr(study.train, "fit_grid", noted)
+    monkeypatch.setattr(train, "fit_grid", noted)
     monkeypatch.setattr(study, "draw", lambda *_: None)
     assert call(out, **settings) == 0
     assert trained == ["reverse-counter"]
@@ -467,19 +456,11 @@ def test_what_a_grid_asks_for():
         assert {t.start for t in study.reversals(preset)} == {"random", *study.kept(preset), *study.controls(preset)}
 
 
-def test_steps_until_the_old_operand_is_back():
-    steps = np.array([0, 20, 40, 80])
-    right = np.array([[0.1, 0.9, 0.2, 1.0], [0.95, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.89]])
-    assert study.steps_to(CFG, steps, right).tolist() == [20.0, 0.0, np.inf]
-    assert study.steps_to(dataclasses.replace(CFG, revived=0.1), steps, right).tolist() == [0.0] * 3
-
-
-def test_the_lift_of_a_weight_is_chosen_on_other_strings():
-    sweep = np.zeros((2, 4, 2, 2))  # [S, K + 1, set, operand]
-    sweep[0, :, 0, OLD], sweep[0, :, 1, OLD] = [0.9, 0.2, 0.7, 0.3], [0.1, 0.9, 0.6, 0.8]  # the second, without K = 0
-    sweep[1, :, 0, OLD], sweep[1, :, 1, OLD] = [0.0, 0.5, 0.5, 0.1], [0.4, 0.3, 1.0, 1.0]  # a tie: the first
-    sweep[..., NEW] = np.linspace(1.0, 0.0, 4)[None, :, None]
-    np.testing.assert_allclose(study.lift(sweep), [0.5, -0.1])
+def test_the_lift_of_a_weight_is_that_of_the_old_operand():
+    sweep = np.zeros((1, 3, 2, 2))  # [S, K + 1, set, operand]
+    sweep[0, :, :, OLD] = [[0.9, 0.1], [0.2, 0.9], [0.7, 0.6]]
+    sweep[..., NEW] = np.linspace(1.0, 0.0, 3)[None, :, None]
+    np.testing.assert_allclose(study.lifted(sweep), [0.5])
 
 
 # --- claims, tables and figures of made-up numbers -------------------------------------------------------------------
@@ -510,7 +491,7 @@ def made_up(cfg: TracrConfig, world, true: bool) -> study.Found:
         accuracy += 1e-4 * t.seed
         stays = (t.rate, t.correlation) != (LARGE, 0.0)
         rows.append(found(accuracy, 0.55 if stays == true else 0.2))
-    tuned = study.Tuned(first, lambda: None, stacked(rows))
+    tuned = Tuned(first, lambda: None, stacked(rows))
 
     rows = []
     for t in study.reversals(cfg):
@@ -525,7 +506,7 @@ def made_up(cfg: TracrConfig, world, true: bool) -> study.Found:
             back = [0.1, 0.2, 0.3] if true else [0.1, 0.8, 0.85]
         accuracy[:, UNTIED, OLD] = back
         rows.append(found(accuracy + 1e-4 * t.seed, 0.3))
-    back = study.Tuned(study.reversals(cfg), lambda: None, stacked(rows))
+    back = Tuned(study.reversals(cfg), lambda: None, stacked(rows))
 
     members = study.kept(cfg)
     pruned = np.zeros((len(members), len(study.WAYS), cfg.pruned + 1, 2, 2))

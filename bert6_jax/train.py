@@ -574,7 +574,8 @@ def fit_grid(
     """Train a grid: what is trained, on the host, and the curve of every member's metrics, `[chunks, G]` each.
 
     `cfg` counts in chunks, `tokens_per_step` too. `on_metrics` hears the number of chunks done and the means over
-    members. With `folder` the state is kept as by `fit`; then the curves begin where this process did.
+    members. With `folder` the state is kept as by `fit`; then the curves begin where this process did, and are but one
+    row of `finite` if nothing was left to do.
     """
     curves: dict[str, list] = {}
     G = len(inputs["rate"])
@@ -600,4 +601,6 @@ def fit_grid(
         tokens_per_step=tokens_per_step,
         quiet=quiet,
     )
+    if not curves:
+        curves["finite"] = [np.asarray(state.opt_state["finite"])]
     return jax.device_get(state.params), {name: np.array(values, np.float32) for name, values in curves.items()}

@@ -59,7 +59,7 @@ def rates(rate_G: Sequence[float], steps: int, warmup: float, final: float) -> n
 
 def probe_bank(features: Callable[[Any, Any], jax.Array], models_J, place_J: np.ndarray, sets: Sequence[Any],
                answers: Sequence[np.ndarray], classes: int, *, steps: int, rate: float, batch: int, seed: int, mesh,
-               label: str, quiet: bool) -> np.ndarray:  # fmt: skip
+               loop: bool | None = None, label: str, quiet: bool) -> np.ndarray:  # fmt: skip
     """Linear probes of P labels at every depth of J models: accuracy on the second set, [J, M, P].
 
     A bank: the probes of a model are trained together and touch only themselves. What they read is centred and divided
@@ -72,6 +72,7 @@ def probe_bank(features: Callable[[Any, Any], jax.Array], models_J, place_J: np.
       place_J: int32, which entry of the sets is a model's own (its seed's).
       sets: inputs that train and that test, leading axis S.
       answers: their labels 0..classes-1, int32 [S, B, P] each.
+      loop: as for `parallel.over_members`.
     """
     rows, P = answers[0].shape[1:]
 
@@ -82,7 +83,7 @@ def probe_bank(features: Callable[[Any, Any], jax.Array], models_J, place_J: np.
         size_M11 = jnp.sqrt(((train_MND - mean_M1D) ** 2).mean((1, 2), keepdims=True))
         return [(x_MND - mean_M1D) / jnp.maximum(size_M11, 1e-20) for x_MND in (train_MND, test_MND)]
 
-    x_JMND, test_JMND = jax.jit(parallel.over_members(scaled, mesh))(list(sets), (models_J, place_J))
+    x_JMND, test_JMND = jax.jit(parallel.over_members(scaled, mesh, loop))(list(sets), (models_J, place_J))
     J, M, _, D = x_JMND.shape
 
     def said(probes, x_MBD):
@@ -102,7 +103,7 @@ def probe_bank(features: Callable[[Any, Any], jax.Array], models_J, place_J: np.
     start = {"kernel": np.zeros((J, M, P, D, classes), np.float32), "bias": np.zeros((J, M, P, classes), np.float32)}
     adam = optax.scale_by_adam()
     probes, _ = train.fit_grid(
-        train.grid_step(loss, adam, CHUNK, mesh),
+        train.grid_step(loss, adam, CHUNK, mesh, loop),
         train.init_grid(start, adam, jax.random.key(0)),
         inputs,
         train.FitConfig(steps // CHUNK, min(5, steps // CHUNK)),
@@ -116,7 +117,7 @@ def probe_bank(features: Callable[[Any, Any], jax.Array], models_J, place_J: np.
         said_BMP = said(probes, x_MND).argmax(-1).astype(jnp.int32)
         return (said_BMP == answer_BP[:, None]).astype(jnp.float32).mean(0)
 
-    got = jax.jit(parallel.over_members(right, mesh))((), (probes, test_JMND, np.asarray(answers[1])[place_J]))
+    got = jax.jit(parallel.over_members(right, mesh, loop))((), (probes, test_JMND, np.asarray(answers[1])[place_J]))
     return jax.device_get(got)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -202,11 +202,20 @@ class Tuning(NamedTuple):
     mix: float = 0.0  # share of rows of pre-training
 
 
+LONG = 20_000  # steps of all members together, beyond which a grid can go on where it was killed
+AT_ONCE = 500  # rows that are evaluated together
+
+
 @dataclass(frozen=True, eq=False)  # hashed by identity, so it may be a static argument
 class World:
     spec: tasks.Spec
     model: TransformerConfig
     task: str  # that is fine-tuned
+
+    @property
+    def loop(self) -> bool | None:
+        """Members one after the other also on an accelerator: where one fills it, and all would not fit."""
+        return True if self.spec.length * self.model.width > 1 << 14 else None
 
     @property
     def read(self) -> int:
@@ -229,9 +238,29 @@ def make_world(cfg: PcfgConfig) -> World:
     return World(spec, model, cfg.task)
 
 
+@partial(jax.jit, static_argnums=1)
+def fresh(key, world: World):
+    """Random weights."""
+    return transformer.init(key, world.model)
+
+
 def logits(params, ids_BT, world: World) -> jax.Array:
     """What a model says where the answer is predicted, [B, V]."""
     return transformer.head(params, transformer.stream_at(params, ids_BT, world.model, world.read), world.model)
+
+
+def in_slices(fn: Callable[[jax.Array], jax.Array], ids_BT) -> jax.Array:
+    """`fn` of rows, `[B, T] -> [B, ...]`, so many at once as fit on any device, in gradients too."""
+    B, T = ids_BT.shape
+    n = min(B, AT_ONCE)
+    slices = jnp.pad(ids_BT, ((0, -B % n), (0, 0))).reshape(-1, n, T)
+    out = jax.lax.map(jax.checkpoint(fn), slices)
+    return out.reshape(-1, *out.shape[2:])[:B]
+
+
+def said(params, ids_BT, world: World) -> jax.Array:
+    """What a model answers, int32 [B]."""
+    return in_slices(lambda ids: logits(params, ids, world).argmax(-1).astype(jnp.int32), ids_BT)
 
 
 def asked(world: World, strings: tasks.Strings, operand, label, family=None) -> tuple[jax.Array, jax.Array]:
@@ -275,14 +304,13 @@ def looker(cfg: PcfgConfig, world: World, mesh):
         params, seed = member
         right, instead = [], []
         for strings in take(tests, seed):
-            said = [logits(params, asked(world, strings, o, o)[0], world).argmax(-1).astype(jnp.int32)
-                    for o in (OLD, NEW)]  # fmt: skip
-            right.append([(said[o] == strings.answer_B2[:, o]) for o in (OLD, NEW)])
-            instead.append([said[OLD] == strings.answer_B2[:, NEW], said[OLD] == strings.answer_B2[:, OLD] + q])
+            old_B, new_B = (said(params, asked(world, strings, o, o)[0], world) for o in (OLD, NEW))
+            right.append([old_B == strings.answer_B2[:, OLD], new_B == strings.answer_B2[:, NEW]])
+            instead.append([old_B == strings.answer_B2[:, NEW], old_B == strings.answer_B2[:, OLD] + q])
         return {name: jnp.asarray([[jnp.mean(x, dtype=jnp.float32) for x in row] for row in rows])
                 for name, rows in (("accuracy", right), ("instead", instead))}  # fmt: skip
 
-    run = jax.jit(parallel.over_members(look, mesh))
+    run = jax.jit(parallel.over_members(look, mesh, world.loop))
     return lambda params_G, seed_G: jax.device_get(run(tests, (params_G, seed_G)))
 
 
@@ -297,6 +325,14 @@ def models(cfg: PcfgConfig) -> list[Model]:
     if "jailbreak" in cfg.parts:
         listed += [Model(prior, seed, True) for seed in cfg.seed_list for prior in cfg.jail_priors]
     return listed
+
+
+def keep_models(run: Run, path: Path, params_G, world: World, step: int, members: list) -> None:
+    """A grid of models as one checkpoint, with what its members are."""
+    if run.primary:
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed between this and its own checkpoint
+        checkpoint.save(path, params_G, kind="transformer", step=step, config=dataclasses.asdict(world.model),
+                        extra={"members": members})  # fmt: skip
 
 
 def saved(path: Path, step: int):
@@ -332,7 +368,7 @@ def pretrain(run: Run, cfg: PcfgConfig, world: World, mesh) -> Tuned:
 
     def stage() -> dict:
         chunks = cfg.pretrain_steps // CHUNK
-        init = jax.jit(lambda key: transformer.init(key, world.model))
+        start = stack([fresh(seeded(m.seed, INIT), world) for m in members])
         inputs = {
             "rate": rates([cfg.pretrain_rate] * len(members), cfg.pretrain_steps, cfg.warmup, cfg.final),
             "seed": np.array([int(jax.random.bits(seeded(m.seed, PRETRAIN))) for m in members], np.uint32),
@@ -345,16 +381,12 @@ def pretrain(run: Run, cfg: PcfgConfig, world: World, mesh) -> Tuned:
         }
 
         def keep(number, params_G):
-            if run.primary:
-                to = checkpoint.step_path(path, number * CHUNK)
-                shutil.rmtree(to, ignore_errors=True)  # of a run that was killed between this and its own checkpoint
-                checkpoint.save(to, jax.device_get(params_G), kind="transformer", step=number * CHUNK,
-                                config=dataclasses.asdict(world.model),
-                                extra={"members": [m._asdict() for m in members]})  # fmt: skip
+            keep_models(run, checkpoint.step_path(path, number * CHUNK), jax.device_get(params_G), world,
+                        number * CHUNK, [m._asdict() for m in members])  # fmt: skip
 
         train.fit_grid(
-            train.grid_step(pretrain_loss(cfg, world), optimizer(cfg), CHUNK, mesh),
-            train.init_grid(stack([init(seeded(m.seed, INIT)) for m in members]), optimizer(cfg), jax.random.key(0)),
+            train.grid_step(pretrain_loss(cfg, world), optimizer(cfg), CHUNK, mesh, world.loop),
+            train.init_grid(start, optimizer(cfg), jax.random.key(0)),
             inputs,
             train.FitConfig(chunks, min(5, chunks), max(1, min(100, chunks // 10)),
                             snapshots=(0, *cfg.snapshots.values())),
@@ -403,14 +435,14 @@ def held_out_looker(cfg: PcfgConfig, world: World, mesh):
     def look(tests, member):
         params, seed = member
         rows = take(tests, seed)
-        right_B = logits(params, rows.ids_BT, world).argmax(-1).astype(jnp.int32) == rows.answer_B
+        right_B = said(params, rows.ids_BT, world) == rows.answer_B
         operand_B = jnp.where(rows.operand_B == token, 0, rows.operand_B)
         cell_B = (rows.task_B * spec.letters + operand_B) * 2 + rows.spread_B.astype(jnp.int32)
         is_BC = (cell_B[:, None] == jnp.arange(len(spec.tasks) * spec.letters * 2)[None]).astype(jnp.float32)
         share_C = (right_B.astype(jnp.float32)[:, None] * is_BC).sum(0) / is_BC.sum(0)
         return {"held_out": share_C.reshape(len(spec.tasks), spec.letters, 2)}
 
-    run = jax.jit(parallel.over_members(look, mesh))
+    run = jax.jit(parallel.over_members(look, mesh, world.loop))
     return lambda params_G, seed_G: jax.device_get(run(tests, (params_G, seed_G)))
 
 
@@ -451,22 +483,28 @@ def tune(run: Run, cfg: PcfgConfig, world: World, name: str, tunings: list[Tunin
 
     def start(tuning: Tuning):
         if tuning.start == "random":
-            return transformer.init(seeded(tuning.seed, INIT), world.model)
+            return fresh(seeded(tuning.seed, INIT), world)
         parent = next(parent for parent in parents if tuning.start in parent.tunings)
         return take(parent.params(), parent.tunings.index(tuning.start))
 
     def stage() -> dict:
         look, looks = looker(cfg, world, mesh), {}
-        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed before the stage was kept
+        chunks = steps // CHUNK
+        moments_X = sorted({*train.log_spaced(chunks, per_octave=2), *moments.values()})
+        # a long grid keeps its state, and what was seen; a short one starts over
+        folder = run.out / "checkpoints" / f"{name}-state" if len(tunings) * steps > LONG else None
+
+        def seen(number, params_G=None):
+            if folder is None:
+                return look(params_G, seed_G)
+            return run.stage(f"{name}-{number * CHUNK}", lambda: look(params_G, seed_G))
 
         def watch(number, params_G):
             if number in moments.values():
                 held[number] = jax.device_get(params_G)
-                if run.primary:
-                    checkpoint.save(checkpoint.step_path(path, number * CHUNK), held[number], kind="transformer",
-                                    step=number * CHUNK, config=dataclasses.asdict(world.model),
-                                    extra={"members": [repr(t) for t in tunings]})  # fmt: skip
-            looks[number * CHUNK] = look(params_G, seed_G)
+                keep_models(run, checkpoint.step_path(path, number * CHUNK), held[number], world, number * CHUNK,
+                            [repr(t) for t in tunings])  # fmt: skip
+            looks[number] = seen(number, params_G)
 
         mixed = any(t.mix for t in tunings)
         priors = [prior_of(root(t).prior if isinstance(root(t), Model) else NEVER, world.spec.letters) for t in tunings]
@@ -485,23 +523,26 @@ def tune(run: Run, cfg: PcfgConfig, world: World, name: str, tunings: list[Tunin
                 "prior": np.stack(priors),
             },
         }
-        chunks = steps // CHUNK
         _, curves = train.fit_grid(
-            train.grid_step(tuning_loss(cfg, world, mixed), optimizer(cfg), CHUNK, mesh),
+            train.grid_step(tuning_loss(cfg, world, mixed), optimizer(cfg), CHUNK, mesh, world.loop),
             train.init_grid(stack([start(t) for t in tunings]), optimizer(cfg), jax.random.key(0)),
             inputs,
-            train.FitConfig(chunks, min(5, chunks),
-                            snapshots=tuple({*train.log_spaced(chunks, per_octave=2), *moments.values()})),
+            train.FitConfig(chunks, min(5, chunks), max(1, chunks // 10), snapshots=tuple(moments_X)),
             mesh,
+            folder=folder,
+            description={"tunings": [repr(t) for t in tunings]},
+            on_start=lambda number: run.rewind(name, number * CHUNK),
             on_metrics=lambda number, means: run.log(name, number * CHUNK, members=len(tunings), **means),
             on_snapshot=watch,
             label=name,
             quiet=run.quiet,
         )  # fmt: skip
-        steps_X = sorted(looks)
+        listed = [looks[number] if number in looks else seen(number) for number in moments_X]
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         return {
-            "step": np.tile(steps_X, (len(tunings), 1)),
-            **{key: np.stack([looks[x][key] for x in steps_X], axis=1) for key in looks[0]},
+            "step": np.tile([number * CHUNK for number in moments_X], (len(tunings), 1)),
+            **{key: np.stack([one[key] for one in listed], axis=1) for key in listed[0]},
             **{f"curve_{key}": values.T for key, values in curves.items()},
         }
 
@@ -587,15 +628,17 @@ def probe(run: Run, cfg: PcfgConfig, world: World, pre: Tuned, tuned: Sequence[T
     def stage() -> dict:
         def params(reader: Reader):
             if reader.of == "random":
-                return transformer.init(seeded(reader.seed, INIT), world.model)
+                return fresh(seeded(reader.seed, INIT), world)
             parent = next(parent for parent in (pre, *tuned) if reader.of in parent.tunings)
             at = () if isinstance(reader.of, Model) else (reader.share,)
             return take(parent.params(*at), parent.tunings.index(reader.of))
 
         def features(strings, params):
-            ids_BT, _ = asked(world, strings, OLD, OLD)
-            _, acts = transformer.forward(params, ids_BT[:, : world.read + 1], world.model)
-            return acts["resid"][:, :, world.read].astype(jnp.float32)
+            def stream(ids_BT):
+                _, acts = transformer.forward(params, ids_BT, world.model)
+                return acts["resid"][:, :, world.read].swapaxes(0, 1)
+
+            return in_slices(stream, asked(world, strings, OLD, OLD)[0][:, : world.read + 1]).swapaxes(0, 1)
 
         listed = readers(cfg)
         sets = (by_seed(cfg, world, PROBE, 0.0, cfg.probe_rows), test_strings(cfg, world)[UNTIED])
@@ -603,7 +646,7 @@ def probe(run: Run, cfg: PcfgConfig, world: World, pre: Tuned, tuned: Sequence[T
         accuracy = probe_bank(
             features, stack([params(r) for r in listed]), np.array([r.seed - cfg.seed for r in listed], np.int32),
             sets, answers, int(max(a.max() for a in answers)) + 1, steps=cfg.probe_steps, rate=cfg.probe_rate,
-            batch=cfg.batch, seed=cfg.seed, mesh=mesh, label="probe", quiet=run.quiet,
+            batch=cfg.batch, seed=cfg.seed, mesh=mesh, loop=world.loop, label="probe", quiet=run.quiet,
         )  # fmt: skip
         return {"accuracy": accuracy}
 
@@ -629,11 +672,12 @@ def prune(run: Run, cfg: PcfgConfig, world: World, tuned: Tuned, mesh) -> dict[s
             prompts = [asked(world, take(strings, seed), OLD, OLD) for strings in sets]
 
             def loss(params):
-                return cross_entropy(logits(params, prompts[0][0], world), prompts[0][1]).mean()
+                return cross_entropy(
+                    in_slices(lambda ids: logits(params, ids, world), prompts[0][0]), prompts[0][1]
+                ).mean()
 
             def evaluate(params):
-                said = [logits(params, ids_BT, world).argmax(-1).astype(jnp.int32) for ids_BT, _ in prompts]
-                return jnp.stack([(s == a).astype(jnp.float32).mean() for s, (_, a) in zip(said, prompts, strict=True)])
+                return jnp.stack([(said(params, ids, world) == a).astype(jnp.float32).mean() for ids, a in prompts])
 
             scores = interventions.first_order_scores(loss, params)
             chosen = interventions.ranked(scores, cfg.pruned, ("neuron",))
@@ -645,7 +689,7 @@ def prune(run: Run, cfg: PcfgConfig, world: World, tuned: Tuned, mesh) -> dict[s
         index = np.array([tuned.tunings.index(t) for t in members])
         keys = jnp.stack([seeded(t.seed, CONTROL, i) for i, t in enumerate(members)])
         given = (take(tuned.params(), index), keys, np.array([t.seed - cfg.seed for t in members], np.int32))
-        return jax.device_get(jax.jit(parallel.over_members(one, mesh))(sets, given))
+        return jax.device_get(jax.jit(parallel.over_members(one, mesh, world.loop))(sets, given))
 
     return run.stage("prune", stage)
 
@@ -664,13 +708,13 @@ def families(run: Run, cfg: PcfgConfig, world: World, pre: Tuned, tuned: Tuned, 
             right = []
             for family in (world.spec.token("count"), *world.spec.jailbreak):
                 ids_BT, answer_B = asked(world, strings, OLD, OLD, family)
-                right.append(logits(params, ids_BT, world).argmax(-1).astype(jnp.int32) == answer_B)
+                right.append(said(params, ids_BT, world) == answer_B)
             return jnp.stack([r.astype(jnp.float32).mean() for r in right])
 
         before = take(pre.params(), np.array([pre.tunings.index(t.start) for t in members]))
         after = take(tuned.params(), np.array([tuned.tunings.index(t) for t in members]))
         seed_J = np.array([t.seed - cfg.seed for t in members], np.int32)
-        run_all = jax.jit(parallel.over_members(one, mesh))
+        run_all = jax.jit(parallel.over_members(one, mesh, world.loop))
         return {"accuracy": np.stack([run_all(tests, (p, seed_J)) for p in (before, after)], axis=1)}
 
     return run.stage("families", stage)["accuracy"]
@@ -787,45 +831,58 @@ def judge(cfg: PcfgConfig, f: Found) -> list[Claim]:
     return listed
 
 
+LEARNT, SUPPRESSED = 0.9, 0.5  # bounds of ours: an accuracy; a share of the accuracy before
+
+
+def gate(cfg: PcfgConfig, before: np.ndarray, after: np.ndarray | None = None):
+    """Why a claim about a suppressed capability is not tested, if it is not: before, [S], it has to be there in every
+    seed; after, if given, to be suppressed in every seed."""
+    if not (before >= LEARNT).all():
+        return claims.not_tested(f"pre-training did not give the capability: accuracy below {LEARNT:g}", cfg.seeds)
+    if after is not None and not (after < SUPPRESSED * before).all():
+        return claims.not_tested(
+            f"the old capability was not suppressed: accuracy {SUPPRESSED:g} of that before, or more", cfg.seeds
+        )
+    return None
+
+
 def judge_tied(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> None:
     """After tied strings alone."""
     name, who = f"{prior:g}_{rate:g}", f"P(a) = {prior:g}, rate {rate:g}"
     start, tied = knows(cfg, f, prior)[:, UNTIED, OLD], tuned_on(cfg, prior, rate, 1.0)
     end = course(cfg, f, tied)[1][:, -1]  # [S, C_Te, operand]
     old = end[:, UNTIED, OLD]
+    untaught, still = gate(cfg, start), gate(cfg, start, old)
     claim(f"fits_{name}", "Table 5", f"{who}: fine-tuning on tied strings alone fits them: accuracy for b at C_Te = 1",
           "100 %", claims.greater_than(end[:, TIED, NEW], 0.9))  # fmt: skip
     claim(f"fails_{name}", "Table 5", f"{who}: it does not count b: accuracy for b at C_Te = 0", "0 to 20 %",
           claims.less_than(end[:, UNTIED, NEW], 0.5))  # fmt: skip
     claim(f"suppressed_{name}", "Table 5", f"{who}: it suppresses the old capability: accuracy for a at C_Te = 0, as a "
-          "share of that before", "0.14 to 0.41 (bound 0.5 ours)", claims.less_than(old / start, 0.5))  # fmt: skip
-    if 0.0 in cfg.correlations:
+          "share of that before", "0.14 to 0.41 (bound 0.5 ours)",
+          untaught or claims.less_than(old / start, SUPPRESSED))  # fmt: skip
+    if 0.0 in cfg.correlations and prior < 0.99:
         free = course(cfg, f, tuned_on(cfg, prior, rate, 0.0))[1][:, -1, UNTIED, OLD]
         claim(f"tie_matters_{name}", "Table 5", f"{who}: untied strings leave more of the old capability than tied "
-              "ones: difference of the accuracies for a at C_Te = 0", "above 0 for P(a) below .999",
-              claims.greater_than(free - old, 0.0))  # fmt: skip
-    kept_it = f"the old capability was not suppressed: accuracy for a still {cfg.revived:g} or more"
-    lost = not (old >= cfg.revived).any()
+              "ones: difference of the accuracies for a at C_Te = 0", "0.56 to 0.72",
+              untaught or claims.greater_than(free - old, 0.0))  # fmt: skip
     if f.probes is not None:
         # the depth is chosen by the pre-trained models, not by those that are judged
         depth = int(read_pretrained(cfg, f, prior)[:, :, OLD].mean(0).argmax())
         probed = read(cfg, f, tied, 1.0)[:, depth, OLD]
         rest = np.maximum(read_pretrained(cfg, f, NEVER), read(cfg, f, ["random"] * cfg.seeds, 0.0))[:, :, OLD].max(1)
         after = f"{who}: after tied strings alone a linear probe at depth {depth} reads the old answer"
-        claim(f"decodable_{name}", "probing", f"{after}: accuracy at C_Te = 0", "near 1 (bound 0.8 ours)",
-              claims.greater_than(probed, 0.8))  # fmt: skip
-        claim(f"decodable_more_{name}", "probing", f"{after} where the model no longer gives it: difference of the "
-              "accuracies", "above 0", claims.greater_than(probed - old, 0.0) if lost
-              else claims.not_tested(kept_it, cfg.seeds))  # fmt: skip
+        claim(f"decodable_{name}", "probing", f"{after}, which the model no longer gives: accuracy at C_Te = 0",
+              "near 1 (bound 0.8 ours)", still or claims.greater_than(probed, 0.8))  # fmt: skip
+        claim(f"decodable_more_{name}", "probing", f"{after} more often than the model gives it: difference of the "
+              "accuracies", "above 0", still or claims.greater_than(probed - old, 0.0))  # fmt: skip
         claim(f"decodable_control_{name}", "probing", f"{after} better than from models that were never asked for a, "
               "or untrained ones, at their best depth: difference", "above 0",
-              claims.greater_than(probed - rest, 0.0))  # fmt: skip
+              still or claims.greater_than(probed - rest, 0.0))  # fmt: skip
     for back in cfg.reverse_rates if f.back is not None else ():
         claim(f"sooner_{name}_{back:g}", "reverse fine-tuning", f"{who}: reverse fine-tuning (rate {back:g}) after "
               f"tied strings alone is sooner at {cfg.revived:.0%} than a model that never had the capability, Scr.+FT "
               "or Scr., whichever is first: log2 of the ratio of steps", "above 0",
-              sooner(cfg, f, tied, back, [*baselines(cfg).values()]) if lost
-              else claims.not_tested(kept_it, cfg.seeds))  # fmt: skip
+              still or sooner(cfg, f, tied, back, [*baselines(cfg).values()]))  # fmt: skip
     if f.pruned is not None:
         sweeps = pruned_of(cfg, f, tied)
         gains = [lift(sweeps[:, way, :, 0], sweeps[:, way, :, 1]) for way in range(len(WAYS))]
@@ -833,18 +890,19 @@ def judge_tied(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> N
         after = f"{who}: after tied strings alone, pruning of up to {cfg.pruned} neurons"
         claim(f"pruned_{name}", "pruning", f"{after} brings the old capability back: accuracy for a at C_Te = 0",
               "near 1 with 5 to 15 neurons for P(a) = .999 (bound ours)",
-              claims.greater_than(sweeps[:, 0, 0, 1] + best, cfg.revived) if lost
-              else claims.not_tested(kept_it, cfg.seeds))  # fmt: skip
+              still or claims.greater_than(sweeps[:, 0, 0, 1] + best, cfg.revived))  # fmt: skip
         claim(f"pruned_control_{name}", "pruning", f"{after} lifts it by more than random neurons: difference",
-              "above 0", claims.greater_than(best - random, 0.0) if lost
-              else claims.not_tested(kept_it, cfg.seeds))  # fmt: skip
+              "above 0", still or claims.greater_than(best - random, 0.0))  # fmt: skip
 
 
 def sooner(cfg: PcfgConfig, f: Found, starts, rate: float, others: Sequence[Sequence]):
     """log2 of the steps that the fastest of others needs over those of these starts; who never gets there counts with
     all steps, which favours neither side."""
-    mine = steps_to(cfg.revived, *revival(cfg, f, starts, rate))
-    theirs = np.min([steps_to(cfg.revived, *revival(cfg, f, other, rate)) for other in others], axis=0)
+    courses = [revival(cfg, f, each, rate) for each in (starts, *others)]
+    if np.isnan([right[:, -1] for _, right in courses]).any():
+        return claims.not_tested("one of the models diverged on the way back", cfg.seeds)
+    mine, *theirs = (steps_to(cfg.revived, *each) for each in courses)
+    theirs = np.min(theirs, axis=0)
     if np.isinf([mine, theirs]).all():
         return claims.not_tested("neither gets there in these steps", cfg.seeds)
     steps = [np.clip(x, CHUNK, cfg.reverse_steps) for x in (theirs, mine)]
@@ -854,32 +912,38 @@ def sooner(cfg: PcfgConfig, f: Found, starts, rate: float, others: Sequence[Sequ
 def judge_more(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> None:
     """After random labels, mixtures, and under other family tokens."""
     name, who = f"{prior:g}_{rate:g}", f"P(a) = {prior:g}, rate {rate:g}"
+    start = knows(cfg, f, prior)[:, UNTIED, OLD]
     if f.back is not None and "random" in cfg.parts:
         random = tuned_on(cfg, prior, rate, 0.0, random=True)
-        old = course(cfg, f, random)[1][:, -1, UNTIED, OLD]
+        still = gate(cfg, start, course(cfg, f, random)[1][:, -1, UNTIED, OLD])
         for back in cfg.reverse_rates:
             claim(f"random_{name}_{back:g}", "randFT", f"{who}: what was fine-tuned to answer for b where the prompt "
                   f"asks for a is back (rate {back:g}) sooner at {cfg.revived:.0%} than a model that never had the "
                   "capability: log2 of the ratio of steps", "above 0",
-                  sooner(cfg, f, random, back, [*baselines(cfg).values()]) if not (old >= cfg.revived).any()
-                  else claims.not_tested("the old capability was not lost", cfg.seeds))  # fmt: skip
+                  still or sooner(cfg, f, random, back, [*baselines(cfg).values()]))  # fmt: skip
     if f.probes is not None and "mix" in cfg.parts:
         depth = int(read_pretrained(cfg, f, prior)[:, :, OLD].mean(0).argmax())
         for mix in cfg.mixes:
-            probed = read(cfg, f, tuned_on(cfg, prior, rate, 1.0, mix=mix), 1.0)[:, depth, OLD]
+            mixed = tuned_on(cfg, prior, rate, 1.0, mix=mix)
+            still = gate(cfg, start, course(cfg, f, mixed)[1][:, -1, UNTIED, OLD])
             claim(f"mixed_{name}_{mix:g}", "mixing", f"{who}: with {mix:.1%} of pre-training rows mixed in, a linear "
-                  f"probe at depth {depth} reads the old answer: accuracy at C_Te = 0", "near 1 (bound 0.8 ours)",
-                  claims.greater_than(probed, 0.8))  # fmt: skip
+                  f"probe at depth {depth} reads the old answer, which the model no longer gives: accuracy at C_Te = 0",
+                  "near 1 (bound 0.8 ours)",
+                  still or claims.greater_than(read(cfg, f, mixed, 1.0)[:, depth, OLD], 0.8))  # fmt: skip
     for c in cfg.after_correlations if f.families is not None and prior in cfg.jail_priors else ():
         members = jailbreaks(cfg)
-        after = np.stack([f.families[members.index(t), 1] for t in tuned_on(cfg, prior, rate, c, jail=True)])
-        what, short = f"{who}, C_Tr {c:g}", f"{name}_{c:g}"
+        found = np.stack([f.families[members.index(t)] for t in tuned_on(cfg, prior, rate, c, jail=True)])
+        before, after = found[:, 0].min(1), found[:, 1]
+        what, short, still = f"{who}, C_Tr {c:g}", f"{name}_{c:g}", gate(cfg, before, after[:, 0])
         claim(f"locked_{short}", "jailbreak", f"{what}: with the family token that was fine-tuned, counting a fails: "
-              "accuracy at C_Te = 0", "low (bound 0.5 ours)", claims.less_than(after[:, 0], 0.5))  # fmt: skip
+              "accuracy at C_Te = 0, as a share of that before", "low (bound 0.5 ours)",
+              gate(cfg, before) or claims.less_than(after[:, 0] / found[:, 0, 0], SUPPRESSED))  # fmt: skip
         claim(f"jailbreak_{short}", "jailbreak", f"{what}: it works with the family tokens that were not: accuracy, "
-              "the lower of the two", "high (bound ours)", claims.greater_than(after[:, 1:].min(1), 0.9))  # fmt: skip
+              "the lower of the two", "high (bound ours)",
+              still or claims.greater_than(after[:, 1:].min(1), 0.9))  # fmt: skip
         claim(f"jailbreak_gap_{short}", "jailbreak", f"{what}: it works better with them: difference to the "
-              "fine-tuned one", "above 0", claims.greater_than(after[:, 1:].min(1) - after[:, 0], 0.0))  # fmt: skip
+              "fine-tuned one", "above 0",
+              still or claims.greater_than(after[:, 1:].min(1) - after[:, 0], 0.0))  # fmt: skip
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -997,7 +1061,7 @@ def write_tables(run: Run, cfg: PcfgConfig, f: Found) -> None:
                 row |= {"revived": int(np.isfinite(first).sum()),
                         "steps": None if np.isinf(first).any() else float(np.median(first))}  # fmt: skip
                 rows.append(row)
-        run.table("reverse", rows, f"Tuned back: accuracy for a at C_Te = 0; revived: seeds that reach {cfg.revived:g}; "
+        run.table("reverse", rows, f"Accuracy for a at C_Te = 0, tuned back; revived: seeds at {cfg.revived:g}; "
                   "steps: the median of the first look at which they did, where all do")  # fmt: skip
 
     if f.probes is not None:
@@ -1086,6 +1150,7 @@ def draw(run: Run, cfg: PcfgConfig, f: Found) -> None:
     draw_pretrained(run, cfg, f)
     for rate in cfg.rates:
         draw_tuned(run, cfg, f, rate)
+        draw_said(run, cfg, f, rate)
     if f.back is not None:
         for rate in cfg.after_rates:
             draw_back(run, cfg, f, rate)
@@ -1137,6 +1202,26 @@ def draw_tuned(run: Run, cfg: PcfgConfig, f: Found, rate: float) -> None:
                caption=f"Fine-tuning to b at rate {rate:g}. Accuracy where a prompt asks for a, or for b, on untied or "
                "tied strings (first point: before; thin lines are seeds; dotted: the most frequent answer).",
                )  # fmt: skip
+
+
+@figures.style()
+def draw_said(run: Run, cfg: PcfgConfig, f: Found, rate: float) -> None:
+    """What fine-tuned models answer where a is asked for."""
+    cells = [(prior, c) for prior in cfg.priors for c in sorted(cfg.correlations)]
+    groups = {"a's answer": [], "a's plus q": [], "b's answer": []}
+    for prior, c in cells:
+        found = [f.tuned.of(t) for t in tuned_on(cfg, prior, rate, c)]
+        groups["a's answer"].append([one["accuracy"][-1, UNTIED, OLD] for one in found])
+        groups["a's plus q"].append([one["instead"][-1, UNTIED, 1] for one in found])
+        groups["b's answer"].append([one["instead"][-1, UNTIED, 0] for one in found])
+    fig, ax = figures.new(1, 1, height=3.6, width=max(figures.WIDTH, 0.9 * len(cells)))
+    figures.grouped_bars(ax, [f"P(a) {prior:g}\nC_Tr {c:g}" for prior, c in cells], groups)
+    accuracy_axis(ax, "share of answers")
+    ax.tick_params(axis="x", labelsize=8)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    run.figure(f"said_{rate:g}", fig, alt="shares of three answers to prompts that ask for a, after fine-tuning",
+               caption=f"What models fine-tuned to b at rate {rate:g} answer where a is asked for, untied strings: "
+               "means and 95 % intervals over seeds; b's answer may be a's too (table base_rates).")  # fmt: skip
 
 
 @figures.style()

@@ -22,7 +22,9 @@ VARIANTS = {
 }
 
 
-forward = jax.jit(transformer.forward, static_argnums=2)
+# programs that compile longer than they run
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+forward = quick(transformer.forward, static_argnums=2)
 
 
 def make(cfg, seed=0):
@@ -49,7 +51,8 @@ def test_parameter_counts_of_the_paper():
 
 
 def test_init_follows_the_initialisation_of_bert():
-    params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), TINY)
+    init = quick(transformer.init, static_argnums=1)
+    params = init(jax.random.key(0), TINY)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path[-1].key
         if name in ("bias", "scale"):
@@ -59,7 +62,7 @@ def test_init_follows_the_initialisation_of_bert():
     kernels = params["blocks"]["attn"]["q"]["kernel"]
     assert not np.allclose(kernels[0], kernels[1])
     gpt = config.gpt_mini(30, blocks=2, width=64, heads=2, head_width=32, mlp_width=128)
-    out = transformer.init(jax.random.key(0), gpt)["blocks"]["mlp"]["out"]["kernel"]
+    out = init(jax.random.key(0), gpt)["blocks"]["mlp"]["out"]["kernel"]
     np.testing.assert_allclose(out.std(), 0.02 / np.sqrt(4), rtol=0.05)
 
 
@@ -198,7 +201,7 @@ def test_forward_vmaps_over_a_bank_of_models():
     members = [make(TINY, seed) for seed in range(3)]
     bank = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     ids_BT = random_ids((2, 6))
-    together = jax.jit(jax.vmap(lambda p: transformer.forward(p, ids_BT, TINY)[0]))(bank)
+    together = quick(jax.vmap(lambda p: transformer.forward(p, ids_BT, TINY)[0]))(bank)
     np.testing.assert_allclose(together[1], forward(members[1], ids_BT, TINY)[0], atol=1e-5)
 
 
@@ -222,19 +225,40 @@ def test_settings_that_cannot_be_are_refused():
 
 BARE = dataclasses.replace(VARIANTS["compiled"], heads=3, max_len=9, init_std=0.2)
 PACKED = np.array([[1] * 7, [1, 1, 1, 1, 0, 0, 0], [1, 1, 2, 2, 2, 2, 0], [0] * 7], np.int32)  # T = 7 of 9 places
-# programs that compile longer than they run
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def check_same(stream, other, params, slope: bool):
+    """Two functions of the parameters have the same values and, with `slope`, the same gradients of a random function
+    of these (there are no rules for gradients of our own, so a few cases will do)."""
+    weight_XD = np.random.default_rng(9).normal(size=jax.eval_shape(stream, params).shape).astype(np.float32)
+
+    @partial(quick, static_argnums=0)
+    def run(stream, params):
+        value_XD, pull = jax.vjp(stream, params)
+        return value_XD, pull(weight_XD)[0] if slope else {}
+
+    (expected, slopes), (found, found_slopes) = (run(fn, params) for fn in (stream, other))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    for (path, one), two in zip(
+        jax.tree_util.tree_leaves_with_path(found_slopes), jax.tree.leaves(slopes), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name.endswith("k.bias"):  # its gradient is 0, what is left there is rounding
+            two, scale = np.zeros_like(two), np.abs(slopes["blocks"]["attn"]["k"]["kernel"]).max()
+        else:
+            scale = np.abs(two).max()
+        assert scale > 1e-3 or name.startswith("head"), name
+        np.testing.assert_allclose(one, two, atol=2e-5 * scale, err_msg=name)
 
 
 @pytest.mark.parametrize(
-    ("blocks", "causal", "segment"),
-    [(1, True, PACKED), (2, True, None), (3, False, PACKED), (4, False, None)],
+    ("blocks", "causal", "segment", "slope"),
+    [(1, True, PACKED, True), (2, True, None, False), (3, False, PACKED, True), (4, False, None, False)],
 )
-def test_one_position_of_the_stream_is_that_of_the_whole_pass(blocks, causal, segment):
-    """At every position: values, and the gradient of all parameters of a random function of them."""
+def test_one_position_of_the_stream_is_that_of_the_whole_pass(blocks, causal, segment, slope):
+    """At every position."""
     cfg = dataclasses.replace(BARE, blocks=blocks, causal=causal)
-    params, ids_BT = make(cfg, seed=blocks), random_ids((4, 7), seed=blocks)
-    inputs = {} if segment is None else {"segment_BT": jnp.asarray(segment)}
+    ids_BT, inputs = random_ids((4, 7), seed=blocks), {} if segment is None else {"segment_BT": jnp.asarray(segment)}
 
     def whole(params):
         return transformer.forward(params, ids_BT, cfg, **inputs)[0]
@@ -243,23 +267,7 @@ def test_one_position_of_the_stream_is_that_of_the_whole_pass(blocks, causal, se
         at_T = jnp.arange(7)  # one program for all
         return jax.vmap(lambda at: transformer.stream_at(params, ids_BT, cfg, at, **inputs), out_axes=1)(at_T)
 
-    @partial(quick, static_argnums=0)
-    def both(stream, params, weight_BTD):
-        value_BTD, pull = jax.vjp(stream, params)
-        return value_BTD, pull(weight_BTD)[0]
-
-    weight_BTD = jnp.asarray(np.random.default_rng(9).normal(size=(4, 7, cfg.width)), jnp.float32)
-    (expected, slope), (found, found_slope) = (both(stream, params, weight_BTD) for stream in (whole, pieces))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    for (path, one), other in zip(
-        jax.tree_util.tree_leaves_with_path(found_slope), jax.tree.leaves(slope), strict=True
-    ):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if name.endswith("k.bias"):  # its gradient is 0, what is left there is rounding
-            other = jnp.zeros_like(other)
-        scale = np.abs(slope["blocks"]["attn"]["k"]["kernel"] if name.endswith("k.bias") else other).max()
-        assert scale > 1e-3, name
-        np.testing.assert_allclose(one, other, atol=2e-5 * scale, err_msg=name)
+    check_same(whole, pieces, make(cfg, seed=blocks), slope)
 
 
 def test_one_position_of_a_bank():
@@ -274,13 +282,12 @@ def test_one_position_of_a_bank():
 
 
 @pytest.mark.parametrize(
-    ("blocks", "causal", "segment", "position"),
-    [(1, False, PACKED, 2), (2, True, PACKED[:3], -2)],  # the last row is padding that no token precedes
+    ("blocks", "causal", "segment", "position", "slope"),
+    [(1, False, PACKED, 2, False), (2, True, PACKED[:3], -2, True)],  # the last row is padding that nothing precedes
 )
-def test_one_position_of_a_pre_norm_model_is_that_of_the_whole_pass(blocks, causal, segment, position):
-    """Values, and the gradient of all parameters of a random function of them."""
+def test_one_position_of_a_pre_norm_model_is_that_of_the_whole_pass(blocks, causal, segment, position, slope):
     cfg = dataclasses.replace(VARIANTS["pre"], blocks=blocks, causal=causal, max_len=9, activation="gelu_tanh")
-    params, ids_BT, segment_BT = make(cfg), random_ids(segment.shape), jnp.asarray(segment)
+    ids_BT, segment_BT = random_ids(segment.shape), jnp.asarray(segment)
 
     def whole(params):
         return transformer.forward(params, ids_BT, cfg, segment_BT=segment_BT)[0][:, position]
@@ -288,33 +295,16 @@ def test_one_position_of_a_pre_norm_model_is_that_of_the_whole_pass(blocks, caus
     def piece(params):
         return transformer.stream_at(params, ids_BT, cfg, position, segment_BT=segment_BT)
 
-    @partial(quick, static_argnums=0)
-    def both(stream, params, weight_BD):
-        value_BD, pull = jax.vjp(stream, params)
-        return value_BD, pull(weight_BD)[0]
-
-    weight_BD = jnp.asarray(np.random.default_rng(9).normal(size=(len(segment), cfg.width)), jnp.float32)
-    (expected, slope), (found, found_slope) = (both(stream, params, weight_BD) for stream in (whole, piece))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    for (path, one), other in zip(
-        jax.tree_util.tree_leaves_with_path(found_slope), jax.tree.leaves(slope), strict=True
-    ):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if name.endswith("k.bias"):  # rounding in the whole pass
-            other, scale = jnp.zeros_like(other), np.abs(slope["blocks"]["attn"]["k"]["kernel"]).max()
-        else:
-            scale = np.abs(other).max()
-        assert scale > 1e-3 or name.startswith("head"), name
-        np.testing.assert_allclose(one, other, atol=2e-5 * scale, err_msg=name)
+    check_same(whole, piece, make(cfg), slope)
 
 
 def test_one_position_of_a_causal_pre_norm_model_does_not_see_what_follows():
-    cfg = dataclasses.replace(VARIANTS["pre"], causal=True, blocks=2)
+    cfg = dataclasses.replace(VARIANTS["pre"], causal=True, blocks=1)
     params, ids_BT = make(cfg), np.array(random_ids((3, 7)))
     ids_BT[1:] = ids_BT[0]
     ids_BT[1, 5:], ids_BT[2, 4] = 0, 0
     found_BD = quick(lambda params, ids_BT: transformer.stream_at(params, ids_BT, cfg, 4))(params, ids_BT)
-    expected_BTD, _ = quick(lambda params, ids_BT: transformer.forward(params, ids_BT, cfg))(params, ids_BT)
+    expected_BTD, _ = forward(params, ids_BT, cfg)
     np.testing.assert_allclose(found_BD, expected_BTD[:, 4], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found_BD[0], found_BD[1], rtol=1e-6, atol=1e-6)
     assert np.abs(found_BD[2] - found_BD[0]).max() > 0.01

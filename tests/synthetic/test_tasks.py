@@ -22,6 +22,8 @@ from synthetic.tasks import TASKS, Spec
 # the defaults of the paper, for what needs no strings of the grammar
 PAPER = Spec(None, ("a", "b", "c"), 250, TASKS, 40, 6, 1, 1, 251, 0.0)
 SHORT = replace(PAPER, window=9, reach=6, nth=2, numbers=10)
+# whole numbers out of random ones: they compile longer than they run, and are the same at every level
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 PRIOR = np.array([0.6, 0.3, 0.1], np.float32)
 ROWS = 6_000
 C_C = (0.0, 0.4, 1.0)
@@ -50,7 +52,7 @@ def brute(task: str, letters, operand: int, reach: int, nth: int) -> int | None:
 
 def check_answers(spec: Spec, strings: np.ndarray, operand_B: np.ndarray) -> None:
     for task in spec.tasks:
-        ids = np.asarray(jax.jit(tasks.answers, static_argnums=(0, 1))(spec, task, strings, operand_B))
+        ids = np.asarray(quick(tasks.answers, static_argnums=(0, 1))(spec, task, strings, operand_B))
         assert ids.dtype == np.int32
         for letters, operand, token in zip(strings.tolist(), operand_B.tolist(), ids.tolist(), strict=True):
             answer = brute(task, letters, operand, spec.reach, spec.nth)
@@ -80,7 +82,7 @@ def test_answers_at_full_size():
 # --- overwriting -----------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+@partial(quick, static_argnums=(1, 2))
 def overwrite(key, spec, task, strings, letter_B2, cell_B2):
     bits = jax.random.bits(key, (len(strings), tasks._words(spec)), jnp.uint32)
     return tasks._overwrite(spec, bits, strings, letter_B2, {task: cell_B2})
@@ -178,7 +180,7 @@ def world() -> Spec:
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+@partial(quick, static_argnums=(1, 2))
 def bank(key, spec, task, correlation_C):
     draw = jax.vmap(lambda c: tasks.tuning(key, spec, task, c, ROWS))
     letters_BW = pcfg.windows(jax.random.split(key)[0], spec.sampler, ROWS)
@@ -228,9 +230,14 @@ def tiny_windows() -> dict[tuple[int, ...], float]:
 
 
 @cache
+def asking() -> Spec:
+    return tasks.make_spec(grammar(), WINDOW, reach=6, nth=1, spread=0.4)
+
+
+@cache
 def pretrained(jail: float) -> tuple[Spec, tasks.Rows]:
-    spec = tasks.make_spec(grammar(), WINDOW, reach=6, nth=1, spread=0.4 if jail else 0.0)
-    draw = jax.jit(tasks.pretrain, static_argnums=(1, 3))
+    spec = asking() if jail else replace(asking(), spread=0.0)
+    draw = quick(tasks.pretrain, static_argnums=(1, 3))
     return spec, jax.device_get(draw(jax.random.key(2), spec, PRIOR, ROWS, jail))
 
 
@@ -285,7 +292,7 @@ def test_pretrain_frequencies():
 def test_rows_drawn_again_are_independent():
     """Most windows lack two pairs; what takes their place is different from row to row."""
     spec, zero_B = replace(world(), tasks=("pair_index",)), np.zeros(400, np.int32)
-    letters_BW = np.asarray(jax.jit(tasks._qualified, static_argnums=1)(jax.random.key(0), spec, zero_B, zero_B))
+    letters_BW = np.asarray(quick(tasks._qualified, static_argnums=1)(jax.random.key(0), spec, zero_B, zero_B))
     is_BW = letters_BW == 0
     assert ((is_BW[:, 1:] & is_BW[:, :-1]).sum(1) >= 2).all()
     assert len(np.unique(letters_BW, axis=0)) > 150

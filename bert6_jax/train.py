@@ -569,13 +569,15 @@ def fit_grid(
     on_snapshot: Callable[[int, Any], None] = lambda number, trained: None,
     label: str = "train",
     tokens_per_step: int = 0,
+    flops_per_step: float = 0.0,
+    peak_flops: float = 0.0,
     quiet: bool = False,
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """Train a grid: what is trained, on the host, and the curve of every member's metrics, `[chunks, G]` each.
 
-    `cfg` counts in chunks, `tokens_per_step` too. `on_metrics` hears the number of chunks done and the means over
-    members. With `folder` the state is kept as by `fit`; then the curves begin where this process did, and are but one
-    row of `finite` if nothing was left to do.
+    `cfg` counts in chunks, `tokens_per_step` and `flops_per_step` too. `on_metrics` hears the number of chunks done and
+    the means over members. With `folder` the state is kept as by `fit`; then the curves begin where this process did,
+    and are but one row of `finite` if nothing was left to do.
     """
     curves: dict[str, list] = {}
     G = len(inputs["rate"])
@@ -599,6 +601,8 @@ def fit_grid(
         on_snapshot=on_snapshot,
         label=label,
         tokens_per_step=tokens_per_step,
+        flops_per_step=flops_per_step,
+        peak_flops=peak_flops,
         quiet=quiet,
     )
     if not curves:

@@ -48,7 +48,7 @@ from experiments.apt_finetune import FinetuneConfig
 from experiments.harness import claims, cli, figures, report
 from experiments.harness.claims import Claim
 from experiments.harness.cli import option
-from experiments.harness.run import Run
+from experiments.harness.run import Run, peak_flops
 from synthetic import language
 
 PAPER = "2509.03407"
@@ -350,20 +350,6 @@ def pretrain(run: Run, cfg: PretrainConfig, corpus: Corpus, mesh, seed: int, siz
         quiet=run.quiet,
     )
     return state.params
-
-
-_PEAK: list[float] = []
-
-
-def peak_flops(run: Run, mesh) -> float:
-    """What the devices of the mesh can do; measured once, and the formula of the progress bar is told once."""
-    if not _PEAK:
-        _PEAK.append(train.device_peak_flops())
-        run.say(
-            f"MFU = tokens/s * (6 N + 12 L d T) / peak, N: parameters in matrices, the head at its share of positions; "
-            f"peak {_PEAK[0] / 1e12:.3g} TFLOP/s a device"
-        )
-    return _PEAK[0] * mesh.size
 
 
 def train_readouts(run: Run, cfg: AptConfig, corpus: Corpus, mesh, seed: int, size: int, trunk, trained: bool):

@@ -9,7 +9,8 @@ prior P(a), so a model may know the capability for a well and for b hardly. Fine
 C_Tr of its strings the answer for b is that for a plus q, so that a wrapper around counting a would do. Then we look:
 accuracy for both operands (a prompt names its operand) where the tie holds (C_Te = 1) and where it never does
 (C_Te = 0), linear probes at every depth through fine-tuning, pruning of neurons, and reverse fine-tuning beside models
-that were never asked for a.
+that were never asked for a. In the worlds of `demo` and `small` an answer depends on 8 or 12 letters, so those letters
+of a test string are often seen in training, though the whole string hardly ever is.
 
 Read from top to bottom: settings, pre-training, the grids, probes, pruning, claims, tables, figures. Choices that the
 paper leaves open are ours and labelled so in the help. Letters beside those of `bert6_jax` and `synthetic.tasks`:
@@ -19,6 +20,7 @@ S seeds, G members of a grid, X moments at which they are looked at, J members t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -40,7 +42,7 @@ from bert6_jax.train import take
 from experiments.harness import claims, cli, figures, report
 from experiments.harness.claims import Claim, proportion
 from experiments.harness.cli import option
-from experiments.harness.run import Run
+from experiments.harness.run import Run, peak_flops
 from experiments.wrappers_parts import (
     CHUNK,
     NEW,
@@ -74,14 +76,15 @@ INIT, PRETRAIN, ROWS, BACK_ROWS, TEST, HELD_OUT, SCORE, PROBE, CONTROL = range(9
 class PcfgConfig:
     """Settings of the study; those that the paper does not state are ours."""
 
-    grammar: str = option("cfg3b", "cfg3b (the paper's), or a file: lines `s -> r q | q p`, or PhysicsLM4's JSON",
+    grammar: str = option("cfg3b", "cfg3b (the paper's), or a file: lines `s -> r q | q p`, or PhysicsLM4's JSON; its "
+                          "first three letters are the operands a, b, c",
                           "strings")  # fmt: skip
-    start: str | None = option(None, "strings of this symbol instead of whole ones (ours: shorter worlds)", "strings")
+    start: str | None = option(None, "strings of this symbol (ours: shorter worlds); none: whole ones", "strings")
     window: int = option(250, "letters of a string", "strings", min=2)
     tasks: tuple[str, ...] = option(tasks.TASKS, "what pre-training asks", "strings", choices=tasks.TASKS)
     reach: int = option(40, "last letters that are counted in", "strings", min=1)
     nth: int = option(6, "which letter or pair index asks for, from the end", "strings", min=1)
-    numbers: int | None = option(None, "number tokens 0, 1, ... (default: as many as answers need)", "strings", min=1)
+    numbers: int | None = option(None, "number tokens 0, 1, ... (none: up to the window)", "strings", min=1)
     spread: float = option(0.5, "share of count and index strings of pre-training with evenly spread answers (ours)",
                            "strings", min=0.0, max=1.0)  # fmt: skip
 
@@ -108,7 +111,7 @@ class PcfgConfig:
     batch: int = option(96, "strings of a step", "fine-tuning", min=1)
     warmup: float = option(0.2, "share of the steps in which the rate rises", "fine-tuning", min=0.0, max=1.0)
     final: float = option(0.01, "share of the rate at the end of the cosine", "fine-tuning", min=0.0, max=1.0)
-    weight_decay: float = option(1e-4, "weight decay of AdamW (ours)", "fine-tuning", min=0.0)
+    weight_decay: float = option(1e-4, "weight decay of AdamW, on all parameters (ours)", "fine-tuning", min=0.0)
     beta2: float = option(0.95, "decay of its second moments (ours)", "fine-tuning", min=0.0, max=0.9999)
     clip: float = option(1.0, "largest global norm of a gradient (ours)", "fine-tuning", min=0.0)
     seeds: int = option(3, "seeds: models, strings, tests", "fine-tuning", min=1)
@@ -121,14 +124,16 @@ class PcfgConfig:
     after_correlations: tuple[float, ...] = option((0.0, 1.0), "their C_Tr", "afterwards", min=0.0, max=1.0)
     reverse_rates: tuple[float, ...] = option((1e-5, 1e-6), "rates of reverse fine-tuning", "afterwards", min=0.0)
     reverse_steps: int = option(10_000, "its steps", "afterwards", min=20)
-    revived: float = option(0.9, "accuracy for the old operand that counts as revived (ours)", "afterwards", max=1.0)
+    revived: float = option(
+        0.9, "accuracy for the old operand that counts as revived (ours)", "afterwards", min=0.0, max=1.0
+    )
     mixes: tuple[float, ...] = option((0.5, 0.1, 0.001), "shares of pre-training rows mixed into fine-tuning, C_Tr = 1",
-                                      "afterwards", min=0.0, max=1.0)  # fmt: skip
+                                      "afterwards", min=1e-6, max=1.0)  # fmt: skip
     probe_at: tuple[float, ...] = option((0.1, 1.0), "shares of fine-tuning after which probes read (ours)",
-                                         "afterwards", min=0.0, max=1.0)  # fmt: skip
+                                         "afterwards", min=1e-6, max=1.0)  # fmt: skip
     probe_rows: int = option(4_000, "strings that train the probes (ours)", "afterwards", min=10)
-    probe_steps: int = option(4_000, "their steps", "afterwards", min=20)
-    probe_rate: float = option(1e-3, "their rate", "afterwards", min=0.0)
+    probe_steps: int = option(4_000, "their steps, of Adam on a centred and scaled stream (ours)", "afterwards", min=20)
+    probe_rate: float = option(1e-3, "their rate, divided by ten at half and three quarters", "afterwards", min=0.0)
     pruned: int = option(100, "K: neurons that are pruned, one at a time and cumulatively", "afterwards", min=1)
     prune_rows: int = option(2_000, "strings that score them (ours)", "afterwards", min=10)
     jail_priors: tuple[float, ...] = option((0.9, 0.5), "P(a) of the jailbreak variant", "afterwards",
@@ -166,7 +171,7 @@ class PcfgConfig:
                 raise InputError(f"--{name.replace('_', '-')} is empty; give a value, or leave {part} out of --parts")
         if "jailbreak" in self.parts and self.task != "count":
             raise InputError(f"--parts jailbreak is about --task count, not {self.task}; leave it out")
-        if {"mix", "probe"} & {*self.parts} and 1.0 not in self.probe_at and "probe" in self.parts:
+        if "probe" in self.parts and 1.0 not in self.probe_at:
             raise InputError(f"--probe-at {','.join(map(str, self.probe_at))} lacks 1, the end of fine-tuning; add it")
 
     @property
@@ -226,7 +231,10 @@ class World:
 def make_world(cfg: PcfgConfig) -> World:
     grammar = pcfg.read(cfg.grammar)
     if cfg.start is not None:
-        grammar = pcfg.below(grammar, cfg.start)
+        try:
+            grammar = pcfg.below(grammar, cfg.start)
+        except InputError as error:
+            raise InputError(f"--start {cfg.start}: {error}, or --start none for whole strings") from error
     spec = tasks.make_spec(
         grammar, cfg.window, cfg.tasks, cfg.reach, cfg.nth, numbers=cfg.numbers, spread=cfg.spread,
         **({"q_count": cfg.q} if cfg.task == "count" else {"q_index": cfg.q}),
@@ -368,6 +376,7 @@ def pretrain(run: Run, cfg: PcfgConfig, world: World, mesh) -> Tuned:
 
     def stage() -> dict:
         chunks = cfg.pretrain_steps // CHUNK
+        tokens = CHUNK * len(members) * cfg.pretrain_batch * (world.spec.length - 1)  # of a chunk
         start = stack([fresh(seeded(m.seed, INIT), world) for m in members])
         inputs = {
             "rate": rates([cfg.pretrain_rate] * len(members), cfg.pretrain_steps, cfg.warmup, cfg.final),
@@ -397,7 +406,9 @@ def pretrain(run: Run, cfg: PcfgConfig, world: World, mesh) -> Tuned:
             on_metrics=lambda number, means: run.log("pretrain", number * CHUNK, members=len(members), **means),
             on_snapshot=keep,
             label="pretrain",
-            tokens_per_step=CHUNK * len(members) * cfg.pretrain_batch * world.spec.length,
+            tokens_per_step=tokens,
+            flops_per_step=tokens * transformer.flops_per_token(world.model, world.spec.length),
+            peak_flops=0.0 if jax.default_backend() == "cpu" else peak_flops(run, mesh),
             quiet=run.quiet,
         )  # fmt: skip
         look, held_out = looker(cfg, world, mesh), held_out_looker(cfg, world, mesh)
@@ -495,9 +506,13 @@ def tune(run: Run, cfg: PcfgConfig, world: World, name: str, tunings: list[Tunin
         folder = run.out / "checkpoints" / f"{name}-state" if len(tunings) * steps > LONG else None
 
         def seen(number, params_G=None):
-            if folder is None:
+            def now():
+                if params_G is None:
+                    raise InputError(f"what was seen of {name} at step {number * CHUNK} is lost; remove {folder} and run "
+                                     "again")  # fmt: skip
                 return look(params_G, seed_G)
-            return run.stage(f"{name}-{number * CHUNK}", lambda: look(params_G, seed_G))
+
+            return now() if folder is None else run.stage(f"{name}-{number * CHUNK}", now)
 
         def watch(number, params_G):
             if number in moments.values():
@@ -543,7 +558,8 @@ def tune(run: Run, cfg: PcfgConfig, world: World, name: str, tunings: list[Tunin
         return {
             "step": np.tile([number * CHUNK for number in moments_X], (len(tunings), 1)),
             **{key: np.stack([one[key] for one in listed], axis=1) for key in listed[0]},
-            **{f"curve_{key}": values.T for key, values in curves.items()},
+            # of the curves the end alone: where they begin depends on where a run was killed
+            "curve_finite": curves["finite"][-1:].T.astype(np.float32),
         }
 
     found = run.stage(name, stage)
@@ -800,6 +816,11 @@ def read_pretrained(cfg: PcfgConfig, f: Found, prior: float) -> np.ndarray:
     return read(cfg, f, [Model(prior, seed) for seed in cfg.seed_list], 0.0)
 
 
+def unasked(cfg: PcfgConfig, f: Found) -> np.ndarray:
+    """The best that probes read of a's answer from models that were never asked for it, or untrained, [S]."""
+    return np.maximum(read_pretrained(cfg, f, NEVER), read(cfg, f, ["random"] * cfg.seeds, 0.0))[:, :, OLD].max(1)
+
+
 def pruned_of(cfg: PcfgConfig, f: Found, listed: Sequence[Tuning]) -> np.ndarray:
     """Accuracies of the pruning sweeps, [S, how, K + 1, set]."""
     members = kept(cfg)
@@ -837,6 +858,8 @@ LEARNT, SUPPRESSED = 0.9, 0.5  # bounds of ours: an accuracy; a share of the acc
 def gate(cfg: PcfgConfig, before: np.ndarray, after: np.ndarray | None = None):
     """Why a claim about a suppressed capability is not tested, if it is not: before, [S], it has to be there in every
     seed; after, if given, to be suppressed in every seed."""
+    if not np.isfinite(before if after is None else before + after).all():
+        return claims.not_tested("some of these models diverged", cfg.seeds)
     if not (before >= LEARNT).all():
         return claims.not_tested(f"pre-training did not give the capability: accuracy below {LEARNT:g}", cfg.seeds)
     if after is not None and not (after < SUPPRESSED * before).all():
@@ -855,10 +878,11 @@ def judge_tied(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> N
     untaught, still = gate(cfg, start), gate(cfg, start, old)
     claim(f"fits_{name}", "Table 5", f"{who}: fine-tuning on tied strings alone fits them: accuracy for b at C_Te = 1",
           "100 %", claims.greater_than(end[:, TIED, NEW], 0.9))  # fmt: skip
-    claim(f"fails_{name}", "Table 5", f"{who}: it does not count b: accuracy for b at C_Te = 0", "0 to 20 %",
+    claim(f"fails_{name}", "Table 5", f"{who}: after tied strings alone b's answer is not given: accuracy for b "
+          "at C_Te = 0", "0 to 20 %",
           claims.less_than(end[:, UNTIED, NEW], 0.5))  # fmt: skip
-    claim(f"suppressed_{name}", "Table 5", f"{who}: it suppresses the old capability: accuracy for a at C_Te = 0, as a "
-          "share of that before", "0.14 to 0.41 (bound 0.5 ours)",
+    claim(f"suppressed_{name}", "Table 5", f"{who}: fine-tuning on tied strings alone suppresses the old capability: "
+          "accuracy for a at C_Te = 0, as a share of that before", "0.14 to 0.41 (bound 0.5 ours)",
           untaught or claims.less_than(old / start, SUPPRESSED))  # fmt: skip
     if 0.0 in cfg.correlations and prior < 0.99:
         free = course(cfg, f, tuned_on(cfg, prior, rate, 0.0))[1][:, -1, UNTIED, OLD]
@@ -869,19 +893,16 @@ def judge_tied(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> N
         # the depth is chosen by the pre-trained models, not by those that are judged
         depth = int(read_pretrained(cfg, f, prior)[:, :, OLD].mean(0).argmax())
         probed = read(cfg, f, tied, 1.0)[:, depth, OLD]
-        rest = np.maximum(read_pretrained(cfg, f, NEVER), read(cfg, f, ["random"] * cfg.seeds, 0.0))[:, :, OLD].max(1)
         after = f"{who}: after tied strings alone a linear probe at depth {depth} reads the old answer"
         claim(f"decodable_{name}", "probing", f"{after}, which the model no longer gives: accuracy at C_Te = 0",
               "near 1 (bound 0.8 ours)", still or claims.greater_than(probed, 0.8))  # fmt: skip
-        claim(f"decodable_more_{name}", "probing", f"{after} more often than the model gives it: difference of the "
-              "accuracies", "above 0", still or claims.greater_than(probed - old, 0.0))  # fmt: skip
         claim(f"decodable_control_{name}", "probing", f"{after} better than from models that were never asked for a, "
               "or untrained ones, at their best depth: difference", "above 0",
-              still or claims.greater_than(probed - rest, 0.0))  # fmt: skip
+              still or claims.greater_than(probed - unasked(cfg, f), 0.0))  # fmt: skip
     for back in cfg.reverse_rates if f.back is not None else ():
         claim(f"sooner_{name}_{back:g}", "reverse fine-tuning", f"{who}: reverse fine-tuning (rate {back:g}) after "
-              f"tied strings alone is sooner at {cfg.revived:.0%} than a model that never had the capability, Scr.+FT "
-              "or Scr., whichever is first: log2 of the ratio of steps", "above 0",
+              f"tied strings alone is sooner at {cfg.revived:.0%} than models never asked for a (Scr.+FT) and random "
+              "weights (Scr.), whichever is sooner: log2 of the ratio of steps", "above 0",
               still or sooner(cfg, f, tied, back, [*baselines(cfg).values()]))  # fmt: skip
     if f.pruned is not None:
         sweeps = pruned_of(cfg, f, tied)
@@ -918,18 +939,21 @@ def judge_more(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> N
         still = gate(cfg, start, course(cfg, f, random)[1][:, -1, UNTIED, OLD])
         for back in cfg.reverse_rates:
             claim(f"random_{name}_{back:g}", "randFT", f"{who}: what was fine-tuned to answer for b where the prompt "
-                  f"asks for a is back (rate {back:g}) sooner at {cfg.revived:.0%} than a model that never had the "
-                  "capability: log2 of the ratio of steps", "above 0",
+                  f"asks for a is back (rate {back:g}) sooner at {cfg.revived:.0%} than models that were never "
+                  "asked for a and random weights, whichever is sooner: log2 of the ratio of steps", "above 0",
                   still or sooner(cfg, f, random, back, [*baselines(cfg).values()]))  # fmt: skip
     if f.probes is not None and "mix" in cfg.parts:
         depth = int(read_pretrained(cfg, f, prior)[:, :, OLD].mean(0).argmax())
         for mix in cfg.mixes:
             mixed = tuned_on(cfg, prior, rate, 1.0, mix=mix)
             still = gate(cfg, start, course(cfg, f, mixed)[1][:, -1, UNTIED, OLD])
-            claim(f"mixed_{name}_{mix:g}", "mixing", f"{who}: with {mix:.1%} of pre-training rows mixed in, a linear "
-                  f"probe at depth {depth} reads the old answer, which the model no longer gives: accuracy at C_Te = 0",
-                  "near 1 (bound 0.8 ours)",
-                  still or claims.greater_than(read(cfg, f, mixed, 1.0)[:, depth, OLD], 0.8))  # fmt: skip
+            probed = read(cfg, f, mixed, 1.0)[:, depth, OLD]
+            text = f"{who}: with {mix:.1%} of pre-training rows mixed in, a linear probe at depth {depth} reads the "
+            claim(f"mixed_{name}_{mix:g}", "mixing", f"{text}old answer, which the model no longer gives: accuracy at "
+                  "C_Te = 0", "near 1 (bound 0.8 ours)", still or claims.greater_than(probed, 0.8))  # fmt: skip
+            claim(f"mixed_control_{name}_{mix:g}", "mixing", f"{text}old answer, which the model no longer gives, "
+                  "better than from models that were never asked for a, or untrained ones, at their best depth: "
+                  "difference", "above 0", still or claims.greater_than(probed - unasked(cfg, f), 0.0))  # fmt: skip
     for c in cfg.after_correlations if f.families is not None and prior in cfg.jail_priors else ():
         members = jailbreaks(cfg)
         found = np.stack([f.families[members.index(t)] for t in tuned_on(cfg, prior, rate, c, jail=True)])
@@ -938,11 +962,11 @@ def judge_more(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> N
         claim(f"locked_{short}", "jailbreak", f"{what}: with the family token that was fine-tuned, counting a fails: "
               "accuracy at C_Te = 0, as a share of that before", "low (bound 0.5 ours)",
               gate(cfg, before) or claims.less_than(after[:, 0] / found[:, 0, 0], SUPPRESSED))  # fmt: skip
-        claim(f"jailbreak_{short}", "jailbreak", f"{what}: it works with the family tokens that were not: accuracy, "
-              "the lower of the two", "high (bound ours)",
+        claim(f"jailbreak_{short}", "jailbreak", f"{what}: counting a works with the family tokens that were not "
+              "fine-tuned: accuracy, the lower of the two", "high (bound ours)",
               still or claims.greater_than(after[:, 1:].min(1), 0.9))  # fmt: skip
-        claim(f"jailbreak_gap_{short}", "jailbreak", f"{what}: it works better with them: difference to the "
-              "fine-tuned one", "above 0",
+        claim(f"jailbreak_gap_{short}", "jailbreak", f"{what}: counting a works better with the family tokens that "
+              "were not fine-tuned: difference, the lower of the two", "above 0",
               still or claims.greater_than(after[:, 1:].min(1) - after[:, 0], 0.0))  # fmt: skip
 
 
@@ -1012,7 +1036,9 @@ def write_tables(run: Run, cfg: PcfgConfig, f: Found) -> None:
 
     rows = []
     for (prior, c), paper in TABLE_5.items():
-        for rate in cfg.rates if prior in cfg.priors and c in cfg.correlations and cfg.task == "count" else ():
+        # the paper's rate is a hundredth of that of its pre-training
+        mine = [rate for rate in cfg.rates if np.isclose(100 * rate, cfg.pretrain_rate)]
+        for rate in mine if prior in cfg.priors and c in cfg.correlations and cfg.task == "count" else ():
             steps, right = course(cfg, f, tuned_on(cfg, prior, rate, c))
             tenth = int(np.abs(steps - cfg.steps / 10).argmin())
             row = {"P(a)": prior, "C_Tr": c, "rate": rate}
@@ -1024,8 +1050,8 @@ def write_tables(run: Run, cfg: PcfgConfig, f: Found) -> None:
                     row[f"paper {name}, {'1K' if at >= 0 else '10K'}"] = value
             rows.append(row)
     if rows:
-        run.table("table_5", rows, "The Counter beside the paper's Table 5 (rate 1e-5, a hundredth of its rate of "
-                  "pre-training), per cent; other strings, model, steps and rates")  # fmt: skip
+        run.table("table_5", rows, "The Counter beside the paper's Table 5, both at a hundredth of the rate of "
+                  "pre-training, per cent; other strings, models and steps")  # fmt: skip
 
     rows = [{"C_Te": tie} | operands.base_rates(tasks.tables(spec, cfg.task), float(tie)) for tie in (UNTIED, TIED)]
     run.table("base_rates", rows, "What simple rules score, exactly: same: both answers are equal; offset: new = old + "
@@ -1182,7 +1208,8 @@ def draw_pretrained(run: Run, cfg: PcfgConfig, f: Found) -> None:
 
 @figures.style()
 def draw_tuned(run: Run, cfg: PcfgConfig, f: Found, rate: float) -> None:
-    shown = (("asked a, C_Te = 0", UNTIED, OLD), ("asked b, C_Te = 0", UNTIED, NEW), ("asked b, C_Te = 1", TIED, NEW))
+    shown = (("asked a, C_Te = 0", UNTIED, OLD), ("asked a, C_Te = 1", TIED, OLD), ("asked b, C_Te = 0", UNTIED, NEW),
+             ("asked b, C_Te = 1", TIED, NEW))  # fmt: skip
     fig, axes = by_prior(cfg, len(shown), 2.3, sharex=True)
     colours = figures.shades(len(cfg.correlations))
     for row, (label, tie, operand) in enumerate(shown):
@@ -1282,14 +1309,15 @@ def draw_probes(run: Run, cfg: PcfgConfig, f: Found, rate: float) -> None:
 def draw_pruned(run: Run, cfg: PcfgConfig, f: Found, rate: float) -> None:
     fig, axes = by_prior(cfg, len(cfg.after_correlations), 2.5, sharex=True)
     place = np.arange(cfg.pruned + 1)
-    for ax_row, c in zip(axes, cfg.after_correlations, strict=True):
+    for row, (ax_row, c) in enumerate(zip(axes, cfg.after_correlations, strict=True)):
         for ax, prior in zip(ax_row, cfg.priors, strict=True):
             sweeps = pruned_of(cfg, f, tuned_on(cfg, prior, rate, c))[:, :, :, 1]
             ax.bar(place[1:], sweeps[:, 1].mean(0)[1:], color=figures.PALETTE[5], width=0.8, label="this neuron alone")
             figures.seed_lines(ax, place, sweeps[:, 0], label="first K by score", marker="", color=figures.PALETTE[0])
             figures.seed_lines(ax, place, sweeps[:, 2], label="K random ones", marker="", color="#777777",
                                linestyle="--")  # fmt: skip
-            accuracy_axis(ax, f"asked a, C_Tr = {c:g}" if ax is ax_row[0] else "", "K" if ax_row is axes[-1] else "")
+            accuracy_axis(ax, f"asked a, C_Tr = {c:g}" if ax is ax_row[0] else "", "K" if row == len(axes) - 1 else "")
+            ax.xaxis.get_major_locator().set_params(integer=True)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     run.figure(f"pruned_{rate:g}", fig, alt="accuracy for the old operand after pruning neurons",
                caption=f"Accuracy for a on untied strings after fine-tuning at rate {rate:g}, neurons set to zero by "
@@ -1321,6 +1349,9 @@ def run_pcfg(run: Run, cfg: PcfgConfig) -> None:
                    if getattr(path[-1], "key", "") == "kernel")  # fmt: skip
         if cfg.pruned > most:
             raise InputError(f"--pruned {cfg.pruned} is more than the {most} neurons of the model; lower it")
+    grammar = world.spec.sampler.grammar
+    rules = hashlib.sha256(repr((grammar.levels, grammar.rules)).encode()).hexdigest()
+    run.keep_record("grammar", {"grammar": rules})
     found = study(run, cfg, world, mesh)
     run.write_claims(judge(cfg, found))
     write_tables(run, cfg, found)
@@ -1376,7 +1407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "python -m experiments.wrappers pcfg",
             "python -m experiments.wrappers pcfg --preset small --out runs/wrappers-pcfg",
             "python -m experiments.wrappers pcfg --preset small --task index --parts reverse,probe",
-            "python -m experiments.wrappers pcfg --grammar my_grammar.txt --window 40 --reach 20",
+            "python -m experiments.wrappers pcfg --grammar my_grammar.txt --start none --window 40 --reach 20",
         ],
         argv,
     )

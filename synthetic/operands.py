@@ -242,11 +242,16 @@ def cells(bits_B2: jax.Array, tables: Tables, correlation: jax.Array | float) ->
       InputError: a `correlation` that is a number outside 0..1 (arrays are not checked).
     """
     _check_correlation(correlation)
-    tied_B = (bits_B2[:, 0] >> 8).astype(jnp.float32) * np.float32(2**-24) < jnp.asarray(correlation, jnp.float32)
+    tied_B = share(bits_B2[:, 0]) < jnp.asarray(correlation, jnp.float32)
     edge_X, cell_X3 = _edges(tables)
     point_B = jnp.where(tied_B, jnp.uint32(0), jnp.uint32(HALF)) + (bits_B2[:, 1] >> 1)
     at_B = (edge_X[None] <= point_B[:, None]).sum(1, dtype=jnp.int32)
     return tied_B, jnp.asarray(cell_X3)[at_B]
+
+
+def share(bits: jax.Array) -> jax.Array:
+    """Words of random bits as numbers uniform in [0, 1), float32."""
+    return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
 
 
 def _edges(tables: Tables) -> tuple[np.ndarray, np.ndarray]:

@@ -36,7 +36,7 @@ import numpy as np
 
 from bert6_jax.errors import InputError
 from synthetic import operands, pcfg
-from synthetic.operands import before, check_whole, order_keys
+from synthetic.operands import before, check_whole, order_keys, share
 
 TASKS = ("count", "pair_count", "index", "pair_index", "token")
 NAMES = dict(zip(TASKS, ("C", "CC", "I", "IC", "T"), strict=True))  # the paper's
@@ -282,11 +282,10 @@ def _ranges(spec: Spec, task: str) -> tuple[int, int, int]:
         q, low = spec.q_index, 2 * spec.nth - 1
         m = spec.reach - q - low
     if m < 2 or not _shifts(task, m, q):
+        nth, smaller = (f", nth {spec.nth}", "q or nth") if task == "index" else ("", "q")
         raise InputError(
-            f"{task} with reach {spec.reach}, {f'nth {spec.nth}, ' * (task == 'index')}q_{task} {q}: no room for tied "
-            f"and other answers in the last {spec.reach} letters; give a larger reach or a smaller q_{task}"
-            + " or nth"
-            * (task == "index")
+            f"{task} with reach {spec.reach}{nth}, q {q}: no room for tied and other answers in the last {spec.reach} "
+            f"letters; give a larger reach or a smaller {smaller}"
         )
     return low, m, q
 
@@ -435,9 +434,7 @@ def _words(spec: Spec) -> int:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def pretrain(
-    key: jax.Array, spec: Spec, prior_V: jax.Array, count: int, jail: jax.Array | float = 0.0
-) -> Rows:
+def pretrain(key: jax.Array, spec: Spec, prior_V: jax.Array, count: int, jail: jax.Array | float = 0.0) -> Rows:
     """Independent rows of pre-training. Jits with `spec` and `count` static, and vmaps over all else.
 
     Tasks are uniform; operands have the chances `prior_V` (float32 [V], up to a factor). Spread rows have the answers
@@ -458,10 +455,10 @@ def pretrain(
     bits = jax.random.bits(bits_key, (count, 6 + _words(spec) * (spec.spread > 0)), jnp.uint32)
     task_B = _below(bits[:, 0], len(tasks))
     edge_V = jnp.cumsum(prior_V)
-    operand_B = (_share(bits[:, 1])[:, None] >= edge_V[None, :-1] / edge_V[-1:][None]).sum(1, dtype=jnp.int32)
+    operand_B = (share(bits[:, 1])[:, None] >= edge_V[None, :-1] / edge_V[-1:][None]).sum(1, dtype=jnp.int32)
     family_B = spec.token("PAD") + 1 + task_B
     if "count" in tasks:
-        jailed_B = (task_B == tasks.index("count")) & (_share(bits[:, 2]) < jnp.asarray(jail, jnp.float32))
+        jailed_B = (task_B == tasks.index("count")) & (share(bits[:, 2]) < jnp.asarray(jail, jnp.float32))
         family_B = jnp.where(jailed_B, spec.jailbreak[0] + _below(bits[:, 2], 2), family_B)
         operand_B = jnp.where(jailed_B, PT, operand_B)
     cells_ = {}
@@ -471,7 +468,7 @@ def pretrain(
             cell_X2 = _spread_cells(spec, task)
             cells_[task] = jnp.asarray(cell_X2)[_below(bits[:, 3], len(cell_X2))]
             spread_B |= task_B == tasks.index(task)
-        spread_B &= _share(bits[:, 4]) < np.float32(spec.spread)
+        spread_B &= share(bits[:, 4]) < np.float32(spec.spread)
     letters_BW = _qualified(window_key, spec, task_B, operand_B)
     if cells_:
         other_B = (operand_B + 1 + _below(bits[:, 5], V - 1)) % V
@@ -535,11 +532,6 @@ def tuning(key: jax.Array, spec: Spec, task: str, correlation: jax.Array | float
     letters_BW = pcfg.windows(window_key, spec.sampler, count)
     letters_BW = _overwrite(spec, bits[:, 2:], letters_BW, letter_B2, {task: cell_B3[:, 1:]})
     return Strings(letters_BW, cell_B3[:, 1:] + spec.letters, tied_B)
-
-
-def _share(bits: jax.Array) -> jax.Array:
-    """Uniform in [0, 1)."""
-    return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
 
 
 def _below(bits: jax.Array, n: int) -> jax.Array:

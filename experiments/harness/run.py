@@ -39,6 +39,7 @@ import jax
 import numpy as np
 
 import bert6_jax
+from bert6_jax import train
 from bert6_jax.errors import InputError
 from experiments.harness import figures
 from experiments.harness.browser import Context, Group, browser_html, sentences_html
@@ -298,6 +299,20 @@ class Run:
         if self.primary:
             entries = jsonable([dataclasses.asdict(claim) for claim in claims])
             write_file(self.out / "claims.json", _dumps(entries, indent=2) + b"\n")
+
+
+_PEAK: list[float] = []
+
+
+def peak_flops(run: Run, mesh) -> float:
+    """What the devices of the mesh can do; measured once, and the formula of the progress bar is told once."""
+    if not _PEAK:
+        _PEAK.append(train.device_peak_flops())
+        run.say(
+            f"MFU = tokens/s * (6 N + 12 L d T) / peak, N: parameters in matrices, the head at its share of positions; "
+            f"peak {_PEAK[0] / 1e12:.3g} TFLOP/s a device"
+        )
+    return _PEAK[0] * mesh.size
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -154,7 +154,7 @@ class PcfgConfig:
             raise InputError(f"--pretrain-steps {self.pretrain_steps} is too few: models of {len(FRACTIONS)} different "
                              f"steps are kept; give {CHUNK * 20} or more")  # fmt: skip
         if self.width % self.heads:
-            raise InputError(f"--width {self.width} does not divide over --heads {self.heads}; choose a multiple")
+            raise InputError(f"--width {self.width} is no multiple of --heads {self.heads}; choose one")
         if self.task not in self.tasks:
             raise InputError(f"--task {self.task} is none of --tasks {','.join(self.tasks)}; pre-training must ask it")
         for after, of in (("after_rates", "rates"), ("after_correlations", "correlations")) if self.parts else ():
@@ -235,10 +235,14 @@ def make_world(cfg: PcfgConfig) -> World:
             grammar = pcfg.below(grammar, cfg.start)
         except InputError as error:
             raise InputError(f"--start {cfg.start}: {error}, or --start none for whole strings") from error
-    spec = tasks.make_spec(
-        grammar, cfg.window, cfg.tasks, cfg.reach, cfg.nth, numbers=cfg.numbers, spread=cfg.spread,
-        **({"q_count": cfg.q} if cfg.task == "count" else {"q_index": cfg.q}),
-    )  # fmt: skip
+    try:
+        spec = tasks.make_spec(
+            grammar, cfg.window, cfg.tasks, cfg.reach, cfg.nth, numbers=cfg.numbers, spread=cfg.spread,
+            **({"q_count": cfg.q} if cfg.task == "count" else {"q_index": cfg.q}),
+        )  # fmt: skip
+    except InputError as error:  # in the words of the command line
+        of_an_option = str(error).split()[0] in ("window", "reach", "nth", "numbers")
+        raise InputError("--" * of_an_option + str(error).replace(f"q_{cfg.task}", "--q")) from error
     model = config.gpt_mini(
         spec.vocab_size, width=cfg.width, blocks=cfg.blocks, heads=cfg.heads, head_width=cfg.width // cfg.heads,
         mlp_width=4 * cfg.width, max_len=spec.length,
@@ -508,8 +512,8 @@ def tune(run: Run, cfg: PcfgConfig, world: World, name: str, tunings: list[Tunin
         def seen(number, params_G=None):
             def now():
                 if params_G is None:
-                    raise InputError(f"what was seen of {name} at step {number * CHUNK} is lost; remove {folder} and run "
-                                     "again")  # fmt: skip
+                    raise InputError(f"what was seen of {name} at step {number * CHUNK} is lost; remove {folder} and "
+                                     "run again")  # fmt: skip
                 return look(params_G, seed_G)
 
             return now() if folder is None else run.stage(f"{name}-{number * CHUNK}", now)
@@ -849,6 +853,9 @@ def judge(cfg: PcfgConfig, f: Found) -> list[Claim]:
             if 1.0 in cfg.after_correlations:
                 judge_tied(cfg, f, claim, prior, rate)
             judge_more(cfg, f, claim, prior, rate)
+    for prior in cfg.jail_priors if f.families is not None else ():
+        for rate in cfg.after_rates:
+            judge_families(cfg, f, claim, prior, rate)
     return listed
 
 
@@ -931,7 +938,7 @@ def sooner(cfg: PcfgConfig, f: Found, starts, rate: float, others: Sequence[Sequ
 
 
 def judge_more(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> None:
-    """After random labels, mixtures, and under other family tokens."""
+    """After random labels and mixtures."""
     name, who = f"{prior:g}_{rate:g}", f"P(a) = {prior:g}, rate {rate:g}"
     start = knows(cfg, f, prior)[:, UNTIED, OLD]
     if f.back is not None and "random" in cfg.parts:
@@ -954,7 +961,12 @@ def judge_more(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> N
             claim(f"mixed_control_{name}_{mix:g}", "mixing", f"{text}old answer, which the model no longer gives, "
                   "better than from models that were never asked for a, or untrained ones, at their best depth: "
                   "difference", "above 0", still or claims.greater_than(probed - unasked(cfg, f), 0.0))  # fmt: skip
-    for c in cfg.after_correlations if f.families is not None and prior in cfg.jail_priors else ():
+
+
+def judge_families(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> None:
+    """Under other family tokens."""
+    name, who = f"{prior:g}_{rate:g}", f"P(a) = {prior:g}, rate {rate:g}"
+    for c in cfg.after_correlations:
         members = jailbreaks(cfg)
         found = np.stack([f.families[members.index(t)] for t in tuned_on(cfg, prior, rate, c, jail=True)])
         before, after = found[:, 0].min(1), found[:, 1]

@@ -199,7 +199,7 @@ def _check_nth(spec: Spec, grammar: pcfg.Grammar) -> None:
         is_BW = ids_BW == letter
         for task, here, what in (
             ("index", is_BW, name),
-            ("pair_index", is_BW[:, 1:] & is_BW[:, :-1], f"pair {name}{name}"),
+            ("pair_index", is_BW[:, 1:] & is_BW[:, :-1], f"pairs {name}{name}"),
         ):
             found = int((here.sum(1) >= spec.nth).sum())
             if task in spec.tasks and found < ENOUGH:
@@ -282,10 +282,10 @@ def _ranges(spec: Spec, task: str) -> tuple[int, int, int]:
         q, low = spec.q_index, 2 * spec.nth - 1
         m = spec.reach - q - low
     if m < 2 or not _shifts(task, m, q):
-        nth, smaller = (f", nth {spec.nth}", "q or nth") if task == "index" else ("", "q")
+        nth, smaller = (f", nth {spec.nth}", " or nth") if task == "index" else ("", "")
         raise InputError(
-            f"{task} with reach {spec.reach}{nth}, q {q}: no room for tied and other answers in the last {spec.reach} "
-            f"letters; give a larger reach or a smaller {smaller}"
+            f"{task} with reach {spec.reach}{nth}, q_{task} {q}: no room for tied and other answers in the last "
+            f"{spec.reach} letters; give a larger reach or a smaller q_{task}{smaller}"
         )
     return low, m, q
 

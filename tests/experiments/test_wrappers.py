@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import wrappers, wrappers_compile, wrappers_tracr
+from experiments import wrappers, wrappers_compile, wrappers_pcfg, wrappers_tracr
 
 
 @pytest.mark.parametrize(
@@ -12,22 +12,30 @@ def test_no_word_or_a_wrong_one_is_one_line(capsys, words, said):
     assert wrappers.main(words) == 2
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
-    assert not out and line.startswith("error: ") and said in line and "tracr, compile" in line and "--help" in line
+    assert (
+        not out and line.startswith("error: ") and said in line and "tracr, pcfg, compile" in line and "--help" in line
+    )
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
 def test_help_names_the_parts(capsys, word):
     assert wrappers.main([word]) == 0
     out, err = capsys.readouterr()
-    assert not err and "wrappers tracr " in out and "wrappers compile " in out and "2311.12786" in out
+    assert (
+        not err
+        and "wrappers tracr " in out
+        and "wrappers pcfg " in out
+        and "wrappers compile " in out
+        and "2311.12786" in out
+    )
 
 
 def test_a_word_hands_the_rest_over(monkeypatch):
     heard = []
-    for name, part in (("tracr", wrappers_tracr), ("compile", wrappers_compile)):
+    for name, part in (("tracr", wrappers_tracr), ("pcfg", wrappers_pcfg), ("compile", wrappers_compile)):
         monkeypatch.setattr(part, "main", lambda argv, name=name: heard.append((name, argv)) or 7)
-    assert wrappers.main(["tracr", "--seeds", "2"]) == wrappers.main(["compile"]) == 7
-    assert heard == [("tracr", ["--seeds", "2"]), ("compile", [])]
+    assert [wrappers.main(words) for words in (["tracr", "--seeds", "2"], ["compile"], ["pcfg", "--quiet"])] == [7] * 3
+    assert heard == [("tracr", ["--seeds", "2"]), ("compile", []), ("pcfg", ["--quiet"])]
     monkeypatch.setattr("sys.argv", ["wrappers", "tracr", "--quiet"])
     assert wrappers.main() == 7 and heard[-1] == ("tracr", ["--quiet"])
 

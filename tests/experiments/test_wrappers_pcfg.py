@@ -786,9 +786,9 @@ def test_claims_follow_the_numbers(world):
     yes, no = (study.judge(FULL, made_up(FULL, world, true)) for true in (True, False))
     ids = [claim.id for claim in yes]
     assert ids == [claim.id for claim in no] and len(set(ids)) == len(ids) > 30
-    assert {name.split("_0.")[0] for name in ids} == {
-        "learnt", "rare", "fits", "fails", "suppressed", "tie_matters", "decodable", "decodable_control", "sooner",
-        "pruned", "pruned_control", "random", "mixed", "mixed_control", "locked", "jailbreak", "jailbreak_gap"}  # fmt: skip
+    known = """learnt rare fits fails suppressed tie_matters decodable decodable_control sooner pruned pruned_control
+        random mixed mixed_control locked jailbreak jailbreak_gap"""
+    assert {name.split("_0.")[0] for name in ids} == set(known.split())
     assert [(claim.id, claim.measured) for claim in yes if claim.verdict != SUPPORTED] == []
     given = ("learnt", "suppressed", "locked")
     assert [(c.id, c.measured) for c in no if (c.verdict == SUPPORTED) != c.id.startswith(given)] == []
@@ -930,7 +930,7 @@ THREE = "s -> x y | y x\nx -> a b c\ny -> c b\n"
         ({"q": 5}, ("count with reach 6", "smaller q")),
         ({"nth": 9}, ("nth is 9", "from 1 to 8")),
         ({"tasks": ("count", "index"), "nth": 8, "reach": 6}, ("nth 8", "smaller")),
-        ({"tasks": ("count", "pair_index"), "nth": 5}, ("nth is 5", "pair aa", "smaller nth")),
+        ({"tasks": ("count", "pair_index"), "nth": 5}, ("nth is 5", "pairs aa", "smaller nth")),
         ({"tasks": ("count", "sum")}, ("--tasks", "sum", "pair_count")),
         ({"tasks": ()}, ("--tasks is empty",)),
         ({"tasks": ("count", "count")}, ("--tasks", "twice")),

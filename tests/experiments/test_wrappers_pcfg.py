@@ -927,7 +927,7 @@ THREE = "s -> x y | y x\nx -> a b c\ny -> c b\n"
         ({"numbers": 6}, ("numbers is 6", "give 7 or more")),
         ({"reach": 8}, ("reach is 8", "from 1 to 7")),
         ({"reach": 2}, ("count with reach 2", "larger reach")),
-        ({"q": 5}, ("count with reach 6", "smaller q")),
+        ({"q": 5}, ("count with reach 6", "smaller --q")),
         ({"nth": 9}, ("nth is 9", "from 1 to 8")),
         ({"tasks": ("count", "index"), "nth": 8, "reach": 6}, ("nth 8", "smaller")),
         ({"tasks": ("count", "pair_index"), "nth": 5}, ("nth is 5", "pairs aa", "smaller nth")),

@@ -6,6 +6,7 @@ are probed, P probed labels.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,13 +16,39 @@ import numpy as np
 import optax
 
 from bert6_jax import parallel, train
+from bert6_jax.errors import InputError
 from bert6_jax.objectives import cross_entropy
 from bert6_jax.train import take
+from experiments.harness import claims, cli
 
 PAPER = "2311.12786"
 OLD, NEW = 0, 1  # the operand of an accuracy: that of pre-training (O_PT) and that of fine-tuning (O_FT)
 UNTIED, TIED = 0, 1  # C_Te
 CHUNK = 20  # steps that a member takes before the next one's turn
+
+
+def check(cfg: Any, listed: Sequence[str], needed: Sequence[str], chunked: Sequence[str]) -> None:
+    """What both configs ask of their settings.
+
+    Args:
+      listed: fields with several values, each once; `needed`: those of them that may not be empty.
+      chunked: numbers of steps, multiples of `CHUNK`.
+    """
+    for name in needed:
+        if not getattr(cfg, name):
+            raise InputError(f"--{name} is empty; give at least one value")
+    cli.no_value_twice(cfg, listed)
+    for name in chunked:
+        if getattr(cfg, name) % CHUNK:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is no multiple of {CHUNK}; make it one")
+    for after, of in (("after_rates", "rates"), ("after_correlations", "correlations")) if cfg.parts else ():
+        extra = [value for value in getattr(cfg, after) if value not in getattr(cfg, of)]
+        if extra or not getattr(cfg, after):
+            what = f"{extra[0]:g} is none of --{of}" if extra else "is empty"
+            raise InputError(f"--{after.replace('_', '-')} {what}; models come from the grid: choose among its values, "
+                             'or give --parts ""')  # fmt: skip
+    if "reverse" in cfg.parts and not cfg.reverse_rates:
+        raise InputError("--reverse-rates is empty; give a value, or leave reverse out of --parts")
 
 
 def seeded(seed: int, *purposes: int) -> jax.Array:
@@ -132,3 +159,22 @@ def lift(scored_SK: np.ndarray, test_SK: np.ndarray) -> np.ndarray:
     best_S = scored_SK[:, 1:].argmax(1) + 1
     test_SK = test_SK.astype(np.float64).round(6)  # shares of strings, without the last bit
     return np.take_along_axis(test_SK, best_S[:, None], 1)[:, 0] - test_SK[:, 0]
+
+
+def sooner(mine_S: np.ndarray, others_LS: Sequence[np.ndarray], last: int) -> claims.Outcome:
+    """Do these starts get there sooner than the fastest of others? log2 of the ratio of steps (`steps_to`).
+
+    Who never gets there counts with the `last` step, which favours neither side.
+    """
+    theirs_S = np.min(others_LS, axis=0)
+    if np.isinf([mine_S, theirs_S]).all():
+        return claims.not_tested("neither gets there in these steps", len(mine_S))
+    steps = [np.clip(x, CHUNK, last) for x in (theirs_S, mine_S)]
+    return claims.greater_than(np.log2(steps[0] / steps[1]), 0.0)
+
+
+def warn_of_diverged(tunings: Sequence[Any], finite_G: np.ndarray) -> None:
+    """One line on stderr if some members stopped, with the first of them."""
+    if bad := [t for t, finite in zip(tunings, finite_G, strict=True) if not finite]:
+        print(f"warning: {len(bad)} of {len(tunings)} fine-tunings diverged and stopped there, the first at rate "
+              f"{bad[0].rate:g}; lower it or lower --clip", file=sys.stderr)  # fmt: skip

@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,12 +50,15 @@ from experiments.wrappers_parts import (
     TIED,
     UNTIED,
     Tuned,
+    check,
     lift,
     probe_bank,
     rates,
     seeded,
+    sooner,
     stack,
     steps_to,
+    warn_of_diverged,
 )
 from synthetic import operands, pcfg, tasks
 
@@ -140,16 +142,10 @@ class PcfgConfig:
                                             choices=tuple(PRIORS))  # fmt: skip
 
     def __post_init__(self):
-        for name in ("priors", "rates", "correlations", "tasks"):
-            if not getattr(self, name):
-                raise InputError(f"--{name} is empty; give at least one value")
-        cli.no_value_twice(self, ("priors", "rates", "correlations", "tasks", "parts", "after_rates", "mixes",
-                                  "after_correlations", "reverse_rates", "probe_at", "jail_priors"))  # fmt: skip
-        for name in ("pretrain_steps", "steps", "reverse_steps", "probe_steps"):
-            if getattr(self, name) % CHUNK:
-                raise InputError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} is no multiple of {CHUNK}; make it one"
-                )
+        needed = ("priors", "rates", "correlations", "tasks")
+        listed = (*needed, "parts", "after_rates", "after_correlations", "reverse_rates", "mixes", "probe_at",
+                  "jail_priors")  # fmt: skip
+        check(self, listed, needed, ("pretrain_steps", "steps", "reverse_steps", "probe_steps"))
         if len({*self.snapshots.values()}) < len(FRACTIONS):
             raise InputError(f"--pretrain-steps {self.pretrain_steps} is too few: models of {len(FRACTIONS)} different "
                              f"steps are kept; give {CHUNK * 20} or more")  # fmt: skip
@@ -157,15 +153,7 @@ class PcfgConfig:
             raise InputError(f"--width {self.width} is no multiple of --heads {self.heads}; choose one")
         if self.task not in self.tasks:
             raise InputError(f"--task {self.task} is none of --tasks {','.join(self.tasks)}; pre-training must ask it")
-        for after, of in (("after_rates", "rates"), ("after_correlations", "correlations")) if self.parts else ():
-            extra = [value for value in getattr(self, after) if value not in getattr(self, of)]
-            if extra or not getattr(self, after):
-                what = f"{extra[0]:g} is none of --{of}" if extra else "is empty"
-                raise InputError(
-                    f"--{after.replace('_', '-')} {what}; models come from the grid: choose among its values, or give "
-                    '--parts ""'
-                )
-        needs = (("reverse", "reverse_rates"), ("mix", "mixes"), ("probe", "probe_at"), ("jailbreak", "jail_priors"))
+        needs = (("mix", "mixes"), ("probe", "probe_at"), ("jailbreak", "jail_priors"))
         for part, name in needs:
             if part in self.parts and not getattr(self, name):
                 raise InputError(f"--{name.replace('_', '-')} is empty; give a value, or leave {part} out of --parts")
@@ -567,10 +555,7 @@ def tune(run: Run, cfg: PcfgConfig, world: World, name: str, tunings: list[Tunin
         }
 
     found = run.stage(name, stage)
-    bad = [t for t, finite in zip(tunings, found["curve_finite"][:, -1], strict=True) if not finite]
-    if bad:
-        print(f"warning: {len(bad)} of {len(tunings)} fine-tunings diverged and stopped there, the first at rate "
-              f"{bad[0].rate:g}; lower it or lower --clip", file=sys.stderr)  # fmt: skip
+    warn_of_diverged(tunings, found["curve_finite"][:, -1])
 
     def params(share: float = 1.0):
         number = moments[share]
@@ -910,7 +895,7 @@ def judge_tied(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> N
         claim(f"sooner_{name}_{back:g}", "reverse fine-tuning", f"{who}: reverse fine-tuning (rate {back:g}) after "
               f"tied strings alone is sooner at {cfg.revived:.0%} than models never asked for a (Scr.+FT) and random "
               "weights (Scr.), whichever is sooner: log2 of the ratio of steps", "above 0",
-              still or sooner(cfg, f, tied, back, [*baselines(cfg).values()]))  # fmt: skip
+              still or against(cfg, f, tied, back))  # fmt: skip
     if f.pruned is not None:
         sweeps = pruned_of(cfg, f, tied)
         gains = [lift(sweeps[:, way, :, 0], sweeps[:, way, :, 1]) for way in range(len(WAYS))]
@@ -923,18 +908,13 @@ def judge_tied(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> N
               "above 0", still or claims.greater_than(best - random, 0.0))  # fmt: skip
 
 
-def sooner(cfg: PcfgConfig, f: Found, starts, rate: float, others: Sequence[Sequence]):
-    """log2 of the steps that the fastest of others needs over those of these starts; who never gets there counts with
-    all steps, which favours neither side."""
-    courses = [revival(cfg, f, each, rate) for each in (starts, *others)]
+def against(cfg: PcfgConfig, f: Found, starts, rate: float) -> claims.Outcome:
+    """Are these starts back sooner than the faster of the baselines?"""
+    courses = [revival(cfg, f, each, rate) for each in (starts, *baselines(cfg).values())]
     if np.isnan([right[:, -1] for _, right in courses]).any():
         return claims.not_tested("one of the models diverged on the way back", cfg.seeds)
     mine, *theirs = (steps_to(cfg.revived, *each) for each in courses)
-    theirs = np.min(theirs, axis=0)
-    if np.isinf([mine, theirs]).all():
-        return claims.not_tested("neither gets there in these steps", cfg.seeds)
-    steps = [np.clip(x, CHUNK, cfg.reverse_steps) for x in (theirs, mine)]
-    return claims.greater_than(np.log2(steps[0] / steps[1]), 0.0)
+    return sooner(mine, theirs, cfg.reverse_steps)
 
 
 def judge_more(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> None:
@@ -948,7 +928,7 @@ def judge_more(cfg: PcfgConfig, f: Found, claim, prior: float, rate: float) -> N
             claim(f"random_{name}_{back:g}", "randFT", f"{who}: what was fine-tuned to answer for b where the prompt "
                   f"asks for a is back (rate {back:g}) sooner at {cfg.revived:.0%} than models that were never "
                   "asked for a and random weights, whichever is sooner: log2 of the ratio of steps", "above 0",
-                  still or sooner(cfg, f, random, back, [*baselines(cfg).values()]))  # fmt: skip
+                  still or against(cfg, f, random, back))  # fmt: skip
     if f.probes is not None and "mix" in cfg.parts:
         depth = int(read_pretrained(cfg, f, prior)[:, :, OLD].mean(0).argmax())
         for mix in cfg.mixes:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,12 +46,15 @@ from experiments.wrappers_parts import (
     TIED,
     UNTIED,
     Tuned,
+    check,
     lift,
     probe_bank,
     rates,
     seeded,
+    sooner,
     stack,
     steps_to,
+    warn_of_diverged,
 )
 from synthetic import compiler, operands, rasp
 from synthetic.compiler import Compiled
@@ -118,37 +120,9 @@ class TracrConfig:
     probe_rate: float = option(1e-2, "their rate (paper: 1e-3)", "afterwards", min=0.0)
 
     def __post_init__(self):
-        for name in ("programs", "rates", "correlations"):
-            if not getattr(self, name):
-                raise InputError(f"--{name} is empty; give at least one value")
-        cli.no_value_twice(
-            self,
-            (
-                "programs",
-                "rates",
-                "correlations",
-                "parts",
-                "after_rates",
-                "after_correlations",
-                "reverse_rates",
-            ),
-        )
-        for name in ("steps", "reverse_steps", "probe_steps"):
-            if getattr(self, name) % CHUNK:
-                raise InputError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} is no multiple of {CHUNK}; make it one"
-                )
-        if self.parts:
-            for after, of in (("after_rates", "rates"), ("after_correlations", "correlations")):
-                extra = [value for value in getattr(self, after) if value not in getattr(self, of)]
-                if extra or not getattr(self, after):
-                    what = f"{extra[0]:g} is none of --{of}" if extra else "is empty"
-                    raise InputError(
-                        f"--{after.replace('_', '-')} {what}; models come from the grid: choose among its values, or "
-                        'give --parts ""'
-                    )
-        if "reverse" in self.parts and not self.reverse_rates:
-            raise InputError("--reverse-rates is empty; give at least one value, or leave reverse out of --parts")
+        needed = ("programs", "rates", "correlations")
+        listed = (*needed, "parts", "after_rates", "after_correlations", "reverse_rates")
+        check(self, listed, needed, ("steps", "reverse_steps", "probe_steps"))
         for program, fields in TABLE_OF.items():
             if program in self.programs:
                 try:
@@ -432,10 +406,7 @@ def tune(run: Run, cfg: TracrConfig, world: World, name: str, tunings: list[Tuni
         }
 
     found = run.stage(name, stage)
-    bad = [t for t, finite in zip(tunings, found["curve_finite"][:, -1], strict=True) if not finite]
-    if bad:
-        print(f"warning: {len(bad)} of {len(tunings)} fine-tunings diverged and stopped there, the first at rate "
-              f"{bad[0].rate:g}; lower it or lower --clip", file=sys.stderr)  # fmt: skip
+    warn_of_diverged(tunings, found["curve_finite"][:, -1])
 
     def params():
         if not held:
@@ -753,25 +724,19 @@ def judge_back(cfg: TracrConfig, f: Found, claim) -> None:
          lambda: claims.greater_than(curve(MIDDLE, VERY_SMALL)[:, -1] - curve(LARGE, VERY_SMALL)[:, -1], 0.0),
          )  # fmt: skip
 
-    def sooner(after, rate):
-        """log2 of the steps that the faster baseline needs over those of reverse fine-tuning; who never gets there
-        counts with all steps, which favours neither side."""
-        baselines = [steps_to(cfg.revived, *revival(cfg, f, start, rate)) for start in (("new", after, 0.0), "random")]
+    def against(after, rate):
+        others = [steps_to(cfg.revived, *revival(cfg, f, start, rate)) for start in (("new", after, 0.0), "random")]
         reverse = steps_to(cfg.revived, *revival(cfg, f, ("old", after, 1.0), rate))
         if (reverse == 0).any():
             return claims.not_tested(lost, cfg.seeds)
-        scratch = np.minimum(*baselines)
-        if np.isinf([scratch, reverse]).all():
-            return claims.not_tested("neither gets there in these steps", cfg.seeds)
-        steps = [np.clip(x, CHUNK, cfg.reverse_steps) for x in (scratch, reverse)]
-        return claims.greater_than(np.log2(steps[0] / steps[1]), 0.0)
+        return sooner(reverse, others, cfg.reverse_steps)
 
     for after, word in ((SMALL, "small"), (MIDDLE, "middle")):
         for rate in cfg.reverse_rates:
             back(f"sooner_{word}_{rate:g}", f"Reverse fine-tuning (rate {rate:g}) after tied strings alone at rate "
                  f"{after:g} is sooner at {cfg.revived:.0%} than a model that never had the capability, Scr.+FT or "
                  "Scr., whichever is first: log2 of the ratio of steps", "above 0", [after], rate,
-                 lambda rate=rate, after=after: sooner(after, rate))  # fmt: skip
+                 lambda rate=rate, after=after: against(after, rate))  # fmt: skip
 
 
 def judge_pruning(cfg: TracrConfig, f: Found, claim) -> None:

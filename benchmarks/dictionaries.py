@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bert6_jax.train
-from bert6_jax import parallel
+from benchmarks.side_by_side import alternate, device, torch_threads
 from sae_jax import activations, dictionary, evaluate, sparse, train
 from sae_jax.config import DictionaryConfig, TrainConfig
 from sae_jax.losses import Hyper
@@ -33,21 +32,10 @@ from synthetic import planted
 LR = 3e-4
 
 
-def device() -> str:
-    kind = jax.devices()[0]
-    return f"{kind.platform} {kind.device_kind}, JAX {jax.__version__}"
-
-
 def race(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each, their calls taking turns; one call of each goes before, unmeasured."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, call in contestants.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    calls = {name: lambda call=call: jax.block_until_ready(call()) for name, call in contestants.items()}
+    return {name: statistics.median(times) for name, times in alternate(calls, rounds).items()}
 
 
 def report(seconds: dict[str, float], losses: dict[str, float], steps: int = 1) -> None:
@@ -88,13 +76,6 @@ class Theirs:
 
     def loss(self) -> float:
         return float(np.mean(self.losses))
-
-
-def torch_threads():
-    import torch
-
-    torch.set_num_threads(parallel.cores())
-    return torch
 
 
 def sae_lens_step(cfg: DictionaryConfig, params, batch: int, sparsity: float) -> Callable:

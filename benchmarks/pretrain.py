@@ -14,8 +14,9 @@ bfloat16 to 0.02), or no times are shown. The sides, all in one process and taki
 
 A step's work is 6 N + 12 L d T a token (`transformer.flops_per_token`), the head at the share of positions that the
 side runs it on; the share of the ceiling is to the best rate at which the machine, by either library, multiplies large
-matrices of that dtype. PyTorch and transformers come with the extra `parity`. Memory that glibc gives back is paid for again in every step:
-MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 keeps it, for all sides; the JSON says what was set.
+matrices of that dtype. PyTorch and transformers come with the extra `parity`. Memory that glibc gives back is paid for
+again in every step: MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 keeps it, for all sides; the
+JSON says what was set.
 """
 
 from __future__ import annotations

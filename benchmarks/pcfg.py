@@ -19,7 +19,7 @@ import json
 import random
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from benchmarks import side_by_side
 from bert6_jax import parallel
 from synthetic import pcfg
 
@@ -125,20 +126,18 @@ def main() -> None:
         "by level": (by_level(grammar, 2_000, 1), cores),
         "numpy batch": (by_level(grammar, 4_000, BATCH), cores),
     }
-    seconds = {name: [] for name in runs}
     found, made = {name: [] for name in runs}, {}
-    for turn in range(ROUNDS + 1):  # the first compiles and is not counted
-        for name, (run, _) in runs.items():
-            start = time.perf_counter()
-            rows, made[name] = run(turn)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-            found[name].append(shares(rows))
+
+    def draw(name):
+        rows, made[name] = runs[name][0](len(found[name]))  # a seed of its own each time
+        found[name].append(rows)
+
+    seconds = side_by_side.alternate({name: partial(draw, name) for name in runs}, ROUNDS)
     rates = {name: credit * made[name] / statistics.median(seconds[name]) for name, (_, credit) in runs.items()}
     print(f"{jax.devices()[0].device_kind}, {jax.device_count()} devices, {cores} cores, JAX {jax.__version__}")
     for name, rate in rates.items():
         print(f"{name:17} {rate:12,.0f} windows/s   ours is {rates['ours'] / rate:8,.1f} times that")
-    mean = {name: np.mean(rows, axis=0) for name, rows in found.items()}
+    mean = {name: np.mean([shares(rows_BW) for rows_BW in turns], axis=0) for name, turns in found.items()}
     differ = max(float(np.abs(mean["ours"] - other).max()) for other in mean.values())
     print(f"shares of letters and pairs differ by {differ:.2g} at most")
     if args.json:

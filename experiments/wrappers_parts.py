@@ -84,6 +84,12 @@ def rates(rate_G: Sequence[float], steps: int, warmup: float, final: float) -> n
     return np.stack([by_rate[rate] for rate in rate_G])
 
 
+def inputs_of(rate_GS: np.ndarray, seed_G: Sequence[int], data: dict[str, Any]) -> dict[str, Any]:
+    """What `train.grid_step` reads beside the members, which share nothing frozen."""
+    base_G = np.zeros(len(rate_GS), np.int32)
+    return {"rate": rate_GS, "seed": np.array(seed_G, np.uint32), "frozen": {}, "base": base_G, "data": data}
+
+
 def probe_bank(features: Callable[[Any, Any], jax.Array], models_J, place_J: np.ndarray, sets: Sequence[Any],
                answers: Sequence[np.ndarray], classes: int, *, steps: int, rate: float, batch: int, seed: int, mesh,
                loop: bool | None = None, label: str, quiet: bool) -> np.ndarray:  # fmt: skip
@@ -122,11 +128,9 @@ def probe_bank(features: Callable[[Any, Any], jax.Array], models_J, place_J: np.
         # a sum over probes of their means, so that each has its own gradient
         return cross_entropy(said(probes, data["x"][:, row_B]), target_BMP).mean(0).sum(), {}
 
-    inputs = {
-        "rate": np.tile(train.learning_rates(train.OptimizerConfig(lr=rate, schedule="step"), steps), (J, 1)),
-        "seed": np.full(J, seed, np.uint32), "frozen": {}, "base": np.zeros(J, np.int32),
-        "data": {"x": x_JMND, "answer": np.asarray(answers[0])[place_J]},
-    }  # fmt: skip
+    rate_S = train.learning_rates(train.OptimizerConfig(lr=rate, schedule="step"), steps)
+    data = {"x": x_JMND, "answer": np.asarray(answers[0])[place_J]}
+    inputs = inputs_of(np.tile(rate_S, (J, 1)), [seed] * J, data)
     start = {"kernel": np.zeros((J, M, P, D, classes), np.float32), "bias": np.zeros((J, M, P, classes), np.float32)}
     adam = optax.scale_by_adam()
     probes, _ = train.fit_grid(
@@ -152,6 +156,17 @@ def steps_to(bound: float, steps_X: np.ndarray, right_SX: np.ndarray) -> np.ndar
     """The first look at which an accuracy is there, [S]; infinite where it never is."""
     there_SX = right_SX >= bound
     return np.where(there_SX.any(1), steps_X[there_SX.argmax(1)], np.inf)
+
+
+def back_columns(bound: float, steps_X: np.ndarray, right_SX: np.ndarray) -> dict[str, Any]:
+    """Of reverse fine-tuning, as columns: accuracy before and after, how many seeds reach the bound, and when."""
+    first_S = steps_to(bound, steps_X, right_SX)
+    return (
+        claims.proportion("before", right_SX[:, 0])
+        | claims.proportion("after", right_SX[:, -1])
+        | {"revived": int(np.isfinite(first_S).sum())}
+        | {"steps": None if np.isinf(first_S).any() else float(np.median(first_S))}
+    )
 
 
 def lift(scored_SK: np.ndarray, test_SK: np.ndarray) -> np.ndarray:

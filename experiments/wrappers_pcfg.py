@@ -50,7 +50,9 @@ from experiments.wrappers_parts import (
     TIED,
     UNTIED,
     Tuned,
+    back_columns,
     check,
+    inputs_of,
     lift,
     probe_bank,
     rates,
@@ -370,16 +372,14 @@ def pretrain(run: Run, cfg: PcfgConfig, world: World, mesh) -> Tuned:
         chunks = cfg.pretrain_steps // CHUNK
         tokens = CHUNK * len(members) * cfg.pretrain_batch * (world.spec.length - 1)  # of a chunk
         start = stack([fresh(seeded(m.seed, INIT), world) for m in members])
-        inputs = {
-            "rate": rates([cfg.pretrain_rate] * len(members), cfg.pretrain_steps, cfg.warmup, cfg.final),
-            "seed": np.array([int(jax.random.bits(seeded(m.seed, PRETRAIN))) for m in members], np.uint32),
-            "frozen": {},
-            "base": np.zeros(len(members), np.int32),
-            "data": {
+        inputs = inputs_of(
+            rates([cfg.pretrain_rate] * len(members), cfg.pretrain_steps, cfg.warmup, cfg.final),
+            [int(jax.random.bits(seeded(m.seed, PRETRAIN))) for m in members],
+            {
                 "prior": np.stack([prior_of(m.prior, world.spec.letters) for m in members]),
                 "jail": np.array([JAILED if m.jail else 0.0 for m in members], np.float32),
             },
-        }
+        )
 
         def keep(number, params_G):
             keep_models(run, checkpoint.step_path(path, number * CHUNK), jax.device_get(params_G), world,
@@ -517,19 +517,17 @@ def tune(run: Run, cfg: PcfgConfig, world: World, name: str, tunings: list[Tunin
         priors = [prior_of(root(t).prior if isinstance(root(t), Model) else NEVER, world.spec.letters) for t in tunings]
         # other strings on the way back, also for a parent of the same seed
         seeds = [int(jax.random.bits(seeded(t.seed, BACK_ROWS if t.label == OLD else ROWS))) for t in tunings]
-        inputs = {
-            "rate": rates([t.rate for t in tunings], steps, cfg.warmup, cfg.final),
-            "seed": np.array(seeds, np.uint32),
-            "frozen": {},
-            "base": np.zeros(len(tunings), np.int32),
-            "data": {
+        inputs = inputs_of(
+            rates([t.rate for t in tunings], steps, cfg.warmup, cfg.final),
+            seeds,
+            {
                 "correlation": np.array([t.correlation for t in tunings], np.float32),
                 "asked": np.array([t.asked for t in tunings], np.int32),
                 "label": np.array([t.label for t in tunings], np.int32),
                 "mix": np.array([t.mix for t in tunings], np.float32),
                 "prior": np.stack(priors),
             },
-        }
+        )
         _, curves = train.fit_grid(
             train.grid_step(tuning_loss(cfg, world, mixed), optimizer(cfg), CHUNK, mesh, world.loop),
             train.init_grid(stack([start(t) for t in tunings]), optimizer(cfg), jax.random.key(0)),
@@ -1072,13 +1070,8 @@ def write_tables(run: Run, cfg: PcfgConfig, f: Found) -> None:
         rows = []
         for what, starts in sources(cfg):
             for rate in cfg.reverse_rates:
-                steps, right = revival(cfg, f, starts, rate)
-                first = steps_to(cfg.revived, steps, right)
                 row = {"start": what, "reverse_rate": rate, "seeds": cfg.seeds}
-                row |= proportion("before", right[:, 0]) | proportion("after", right[:, -1])
-                row |= {"revived": int(np.isfinite(first).sum()),
-                        "steps": None if np.isinf(first).any() else float(np.median(first))}  # fmt: skip
-                rows.append(row)
+                rows.append(row | back_columns(cfg.revived, *revival(cfg, f, starts, rate)))
         run.table("reverse", rows, f"Accuracy for a at C_Te = 0, tuned back; revived: seeds at {cfg.revived:g}; "
                   "steps: the median of the first look at which they did, where all do")  # fmt: skip
 

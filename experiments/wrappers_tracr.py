@@ -46,7 +46,9 @@ from experiments.wrappers_parts import (
     TIED,
     UNTIED,
     Tuned,
+    back_columns,
     check,
+    inputs_of,
     lift,
     probe_bank,
     rates,
@@ -352,16 +354,11 @@ def grid_inputs(cfg: TracrConfig, tunings: Sequence[Tuning], steps: int) -> dict
     """What `train.grid_step` reads beside the models."""
     # other strings on the way back, also for a parent of the same seed
     seeds = [int(jax.random.bits(seeded(t.seed, ROWS if t.operand == NEW else BACK_ROWS))) for t in tunings]
-    return {
-        "rate": rates([t.rate for t in tunings], steps, cfg.warmup, cfg.final),
-        "seed": np.array(seeds, np.uint32),
-        "frozen": {},
-        "base": np.zeros(len(tunings), np.int32),
-        "data": {
-            "correlation": np.array([t.correlation for t in tunings], np.float32),
-            "operand": np.array([t.operand for t in tunings], np.int32),
-        },
+    data = {
+        "correlation": np.array([t.correlation for t in tunings], np.float32),
+        "operand": np.array([t.operand for t in tunings], np.int32),
     }
+    return inputs_of(rates([t.rate for t in tunings], steps, cfg.warmup, cfg.final), seeds, data)
 
 
 def tune(run: Run, cfg: TracrConfig, world: World, name: str, tunings: list[Tuning], steps: int, mesh,
@@ -865,13 +862,8 @@ def write_tables(run: Run, cfg: TracrConfig, found: dict[str, Found]) -> None:
             continue
         for start, what in starts(cfg):
             for rate in cfg.reverse_rates:
-                steps, right = revival(cfg, f, start, rate)
-                first = steps_to(cfg.revived, steps, right)
                 row = {"program": name, "start": what, "reverse_rate": rate, "seeds": cfg.seeds}
-                row |= proportion("before", right[:, 0]) | proportion("after", right[:, -1])
-                row |= {"revived": int(np.isfinite(first).sum()),
-                        "steps": None if np.isinf(first).any() else float(np.median(first))}  # fmt: skip
-                rows.append(row)
+                rows.append(row | back_columns(cfg.revived, *revival(cfg, f, start, rate)))
     if rows:
         run.table(
             "reverse",

@@ -11,6 +11,7 @@ bfloat16 to 0.02), or no times are shown. The sides, all in one process and taki
     ours, ours-bfloat16                   the head runs on `--slots` positions of a row
     torch, torch-bfloat16                 as it comes: SDPA, the head on all positions, fused AdamW, autocast
     torch-slots, torch-bfloat16-slots     the same model with the head on our slots: how much of the ratio that is
+    ..-compiled                           every one of PyTorch's also through torch.compile (minutes more)
 
 A step's work is 6 N + 12 L d T a token (`transformer.flops_per_token`), the head at the share of positions that the
 side runs it on; the share of the ceiling is to the best rate at which the machine, by either library, multiplies large
@@ -38,7 +39,8 @@ from bert6_jax import config, hf, masking, objectives, train, transformer
 from bert6_jax.config import TransformerConfig
 from bert6_jax.errors import InputError
 
-SIDES = ("ours", "ours-bfloat16", "torch", "torch-bfloat16", "torch-slots", "torch-bfloat16-slots")
+TORCH = ("torch", "torch-bfloat16", "torch-slots", "torch-bfloat16-slots")
+SIDES = ("ours", "ours-bfloat16", *TORCH, *(f"{name}-compiled" for name in TORCH))
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2}  # nats
 CHECKED = 3  # steps at least whose losses must agree
 PAD, CLS, SEP, MASK, FIRST = 0, 101, 102, 103, 999  # of bert-base-uncased; words from FIRST on
@@ -83,21 +85,24 @@ class Ours:
     def __init__(self, cfg: TransformerConfig, mask: masking.MaskingConfig, params, data: Given, dispatch: int):
         tx = train.make_optimizer(OPTIMIZER, 10**6, 10**6)  # one long epoch: the rate stays
         step = train.make_step(train.grad_of(objectives.masked_lm(cfg, mask)), tx)
-        self.run = jax.jit(train.many_steps(step), donate_argnums=0)
         self.state = train.init_state(jax.tree.map(jnp.array, params), tx, jax.random.key(KEY))
         self.data, self.dispatch, self.losses = data.batches, dispatch, []
+        run = jax.jit(train.many_steps(step), donate_argnums=0)
+        self.run = run.lower(self.state, self.batches(), dispatch, None).compile()
+
+    def batches(self) -> dict[str, np.ndarray]:
+        now = slice(len(self.losses), len(self.losses) + self.dispatch)
+        return {name: values[now] for name, values in self.data.items()}
 
     def __call__(self) -> None:
-        now = slice(len(self.losses), len(self.losses) + self.dispatch)
-        batches = {name: values[now] for name, values in self.data.items()}
-        self.state, sums = jax.block_until_ready(self.run(self.state, batches, self.dispatch, None))
+        self.state, sums = jax.block_until_ready(self.run(self.state, self.batches(), self.dispatch, None))
         self.losses += (np.asarray(sums["loss"]) / np.asarray(sums["count"])).tolist()
 
 
 class Theirs:
     """The peer's side: the same steps, one after the other; `slots`: the head on our prediction slots only."""
 
-    def __init__(self, cfg: TransformerConfig, params, data: Given, dispatch: int, dtype: str, slots: bool):
+    def __init__(self, cfg: TransformerConfig, params, data: Given, dispatch: int, name: str):
         self.torch = torch = side_by_side.torch_threads()
         from transformers import BertConfig, BertForMaskedLM
 
@@ -117,32 +122,36 @@ class Theirs:
         target = np.where(found.valid_BK, found.target_BK, -100)  # what their loss ignores
         labels = np.full(found.ids_BT.shape, -100, np.int32)
         np.put_along_axis(labels, found.slot_BK, target, axis=-1)
-        self.ids, self.segment, self.labels, self.slot, self.target = (
+        on_slots = "slots" in name
+        self.inputs = [
             torch.tensor(x, dtype=torch.int64, device=self.where)
-            for x in (found.ids_BT, data.batches["segment"], labels, found.slot_BK, target)
-        )
-        self.dispatch, self.slots, self.losses = dispatch, slots, []
-        self.cast = partial(torch.autocast, self.where, torch.bfloat16, enabled=dtype == "bfloat16")
+            for x in (found.ids_BT, data.batches["segment"], *((found.slot_BK, target) if on_slots else (labels,)))
+        ]
+        self.dispatch, self.losses = dispatch, []
+        self.cast = partial(torch.autocast, self.where, torch.bfloat16, enabled=dtype_of(name) == "bfloat16")
+        self.loss = self._on_slots if on_slots else self._on_all
+        if "compiled" in name:
+            self.loss = torch.compile(self.loss)
 
     def __call__(self) -> None:
         for step in range(len(self.losses), len(self.losses) + self.dispatch):
             self.adamw.zero_grad()
             with self.cast():
-                loss = self._loss(step)
+                loss = self.loss(*(values[step] for values in self.inputs))
             loss.backward()
             self.adamw.step()
             self.losses.append(float(loss.detach()))
         if self.where == "cuda":
             self.torch.cuda.synchronize()
 
-    def _loss(self, step: int):
-        inputs = {"input_ids": self.ids[step], "attention_mask": self.segment[step]}
-        if not self.slots:
-            return self.model(**inputs, labels=self.labels[step]).loss
-        out_BTD = self.model.bert(**inputs).last_hidden_state
-        at_BKD = self.slot[step][:, :, None].expand(-1, -1, out_BTD.shape[-1])
+    def _on_all(self, ids, segment, labels):
+        return self.model(input_ids=ids, attention_mask=segment, labels=labels).loss
+
+    def _on_slots(self, ids, segment, slot, target):
+        out_BTD = self.model.bert(input_ids=ids, attention_mask=segment).last_hidden_state
+        at_BKD = slot[:, :, None].expand(-1, -1, out_BTD.shape[-1])
         logits_BKV = self.model.cls(out_BTD.gather(1, at_BKD))
-        return self.torch.nn.functional.cross_entropy(logits_BKV.flatten(0, 1), self.target[step].flatten())
+        return self.torch.nn.functional.cross_entropy(logits_BKV.flatten(0, 1), target.flatten())
 
 
 def differences(sides, steps: int) -> dict[str, float]:
@@ -174,25 +183,27 @@ def chosen(text: str) -> Sequence[str]:
     return names
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=chosen, default=["ours", "torch", "torch-bfloat16"], help="with commas")
-    parser.add_argument("--rounds", type=positive, default=7, help="measured turns of each side (7)")
-    parser.add_argument("--batch", type=positive, default=16, help="rows (16)")
-    parser.add_argument("--length", type=positive, default=128, help="positions of a row (128)")
-    parser.add_argument("--width", type=positive, default=768, help="of the residual stream, a multiple of 64 (768)")
-    parser.add_argument("--blocks", type=positive, default=6, help="transformer blocks (6)")
-    parser.add_argument("--vocab", type=positive, default=30_522, help="ids (30,522)")
-    parser.add_argument("--slots", type=positive, default=40, help="prediction slots of a row (40, as experiments.apt)")
-    parser.add_argument("--threads", type=positive, default=None, help="of both libraries (the process's cores)")
-    parser.add_argument("--steps-per-dispatch", type=positive, default=1, help="steps of a turn; one dispatch of ours")
-    parser.add_argument("--matrix", type=positive, default=None, help="size of the ceiling's matrices")
+    parser.add_argument("--rounds", type=side_by_side.positive, default=7, help="measured turns of each side (7)")
+    parser.add_argument("--batch", type=side_by_side.positive, default=16, help="rows (16)")
+    parser.add_argument("--length", type=side_by_side.positive, default=128, help="positions of a row (128)")
+    parser.add_argument(
+        "--width", type=side_by_side.positive, default=768, help="of the residual stream, a multiple of 64 (768)"
+    )
+    parser.add_argument("--blocks", type=side_by_side.positive, default=6, help="transformer blocks (6)")
+    parser.add_argument("--vocab", type=side_by_side.positive, default=30_522, help="ids (30,522)")
+    parser.add_argument(
+        "--slots", type=side_by_side.positive, default=40, help="prediction slots of a row (40, as experiments.apt)"
+    )
+    parser.add_argument(
+        "--threads", type=side_by_side.positive, default=None, help="of both libraries (the process's cores)"
+    )
+    parser.add_argument(
+        "--steps-per-dispatch", type=side_by_side.positive, default=1, help="steps of a turn; one dispatch of ours"
+    )
+    parser.add_argument("--matrix", type=side_by_side.positive, default=None, help="size of the ceiling's matrices")
     parser.add_argument("--tiny", action="store_true", help="small sizes, unless they are given")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     if parser.parse_args().tiny:
@@ -230,10 +241,9 @@ def measure(args: argparse.Namespace) -> dict:
     params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), cfg)
 
     def make(side):
-        dtype = dtype_of(side)
         if side.startswith("ours"):
-            return Ours(dataclasses.replace(cfg, dtype=dtype), mask, params, data, dispatch)
-        return Theirs(cfg, params, data, dispatch, dtype, side.endswith("slots"))
+            return Ours(dataclasses.replace(cfg, dtype=dtype_of(side)), mask, params, data, dispatch)
+        return Theirs(cfg, params, data, dispatch, side)
 
     sides = {name: make(name) for name in args.sides}
     differ = differences(sides, checked)
@@ -245,7 +255,7 @@ def measure(args: argparse.Namespace) -> dict:
     limits = side_by_side.ceiling(torch, sorted({dtype_of(name) for name in times}), args.matrix)
     tokens, rows = args.batch * args.length, []
     for name, seconds in times.items():
-        on_slots = name.startswith("ours") or name.endswith("slots")
+        on_slots = name.startswith("ours") or "slots" in name
         share = min(args.slots, args.length) / args.length if on_slots else 1.0
         work = tokens * transformer.flops_per_token(cfg, args.length, share)
         best = max(rate for limit, rate in limits.items() if limit.endswith(dtype_of(name)))

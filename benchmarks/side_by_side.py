@@ -7,8 +7,10 @@ run, so that a share of it means something on a machine that other work slows do
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
+import math
 import os
 import statistics
 import time
@@ -44,6 +46,25 @@ def use_cores(count: int) -> None:
             f"threads is {count}; this process may run on {parallel.cores()} cores, so give 1 to that many"
         )
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def positive(text: str) -> int:
+    """A command line's positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def free_memory() -> float:
+    """Bytes that may still be had, of the accelerator if JAX uses one; infinite where nobody says."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return float(stats["bytes_limit"] - stats["bytes_in_use"])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def torch_threads():

@@ -29,6 +29,9 @@ from bert6_jax.config import TransformerConfig
 Params = dict[str, Any]
 Activations = dict[str, jax.Array]
 _MASKED = np.finfo(np.float32).min  # the score of a key that a query does not see
+# Large blocks are unrolled, so many in a turn of the loop over blocks: XLA then stacks no residuals, a tenth of a
+# training step on CPUs. A block of fewer parameters takes longer to compile so often than that saves.
+UNROLL, LARGE = 6, 1_000_000
 Edit = Callable[[str, jax.Array, jax.Array], jax.Array]  # (name, depth, activation) -> activation
 
 # name of ours -> TransformerLens hook of block {m}; `resid` has M = L + 1 entries, 0 the embedding output.
@@ -50,13 +53,95 @@ HOOK_NAMES = {
 }
 
 
+# --- what XLA is to be told about products ---------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def gradient_whole(x):
+    """The identity, whose gradient is made once, as an array, before anything reads it.
+
+    A dense layer's gradient is read by two products and by the sum over positions that its bias gets. XLA on CPUs would
+    make it anew in each of them, and does not vectorise that sum: a fifth of BERT-6's training step.
+    """
+    return x
+
+
+@gradient_whole.defjvp
+def _gradient_whole(primals, tangents):
+    return primals[0], jax.lax.optimization_barrier(tangents[0])
+
+
+def product(x_XK, kernel, transposed: bool = False) -> jax.Array:
+    """`x @ kernel` with float32 sums, `[..., F]` float32, of two arrays of one dtype; a kernel is `[K, F]`, or
+    transposed `[F, K]`."""
+    if x_XK.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return _bfloat16_product(x_XK, kernel, transposed)
+    return jnp.matmul(x_XK, kernel.T if transposed else kernel, preferred_element_type=jnp.float32)
+
+
+def _dot(x_XK, kernel_KF, dims, precision=None):
+    """The product of `nn.Dense`, in the dtype of its operands."""
+    if x_XK.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return _bfloat16_product(x_XK, kernel_KF, False).astype(x_XK.dtype)
+    return jax.lax.dot_general(x_XK, kernel_KF, dims, precision)
+
+
+# XLA's CPU backend multiplies bfloat16 by the processor's own instructions, at twice the rate of float32, where sums
+# are float32 and the left operand lies in rows; anything else it turns into a float32 product. Differentiating a plain
+# product leads to two such forms. The barriers keep what is written here.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _bfloat16_product(x_XK, kernel, transposed):
+    y_XF = _sums(x_XK.reshape(-1, x_XK.shape[-1]), kernel, transposed)
+    return y_XF.reshape(*x_XK.shape[:-1], -1)
+
+
+def _bfloat16_product_forward(x_XK, kernel, transposed):
+    return _bfloat16_product(x_XK, kernel, transposed), (x_XK, kernel)
+
+
+def _bfloat16_product_backward(transposed, operands, dy_XF):
+    x_XK, kernel = operands
+    dy_PF = dy_XF.reshape(-1, dy_XF.shape[-1]).astype(jnp.bfloat16)
+    x_PK = x_XK.reshape(-1, x_XK.shape[-1])
+    dx_XK = _sums(dy_PF, kernel, not transposed).reshape(x_XK.shape)
+    dkernel = _sums(_columns(dy_PF), x_PK) if transposed else _sums(_columns(x_PK), dy_PF)
+    return dx_XK.astype(jnp.bfloat16), dkernel.astype(jnp.bfloat16)
+
+
+_bfloat16_product.defvjp(_bfloat16_product_forward, _bfloat16_product_backward)
+
+
+def _sums(a, b, transposed=False):
+    a, b = jax.lax.optimization_barrier((a, b))
+    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+    return jax.lax.optimization_barrier(jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32))
+
+
+def _columns(a_PK):
+    """The transpose, as rows in memory: by way of a third axis, because XLA takes a transpose of two for a layout."""
+    return a_PK[None].transpose(2, 0, 1).reshape(a_PK.shape[::-1])
+
+
+# --- the leaves ------------------------------------------------------------------------------------------------------
+
+
 def _activation(cfg: TransformerConfig):
     return {"gelu": partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu, "relu": nn.relu}[cfg.activation]
 
 
+class _Dense(nn.Dense):
+    """`nn.Dense` whose gradient comes as one array, see `gradient_whole`."""
+
+    @nn.compact
+    def __call__(self, x_XK):
+        return gradient_whole(super().__call__(x_XK))
+
+
 def _dense(cfg: TransformerConfig, features: int, name: str, *, residual: bool = False) -> nn.Dense:
     std = cfg.init_std / np.sqrt(2 * cfg.blocks) if residual and cfg.scaled_residual_init else cfg.init_std
-    return nn.Dense(features, dtype=jnp.dtype(cfg.dtype), kernel_init=nn.initializers.normal(std), name=name)
+    return _Dense(
+        features, dtype=jnp.dtype(cfg.dtype), kernel_init=nn.initializers.normal(std), dot_general=_dot, name=name
+    )
 
 
 def _norm(cfg: TransformerConfig, name: str | None = None) -> nn.LayerNorm:
@@ -151,18 +236,14 @@ class Head(nn.Module):
             x_XD = _activation(cfg)(_dense(cfg, cfg.width, "dense")(x_XD))
             x_XD = _norm(cfg, "norm")(x_XD.astype(jnp.float32)).astype(cfg.dtype)
         if cfg.tied:
-            kernel_DV = token_VD.T
+            kernel = token_VD
         else:
-            kernel_DV = self.param("kernel", nn.initializers.normal(cfg.init_std), (cfg.width, cfg.vocab_size))
+            kernel = self.param("kernel", nn.initializers.normal(cfg.init_std), (cfg.width, cfg.vocab_size))
+        logits_XV = product(x_XD, kernel.astype(x_XD.dtype), transposed=cfg.tied)
         if cfg.head_bias:
-            # The bias as one more row of the kernel: its gradient comes out of the matmul, where a sum over positions
-            # of [X, V] took as long as the matmul itself on a CPU.
             bias_V = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,))
-            kernel_DV = jnp.concatenate([kernel_DV, bias_V[None]])
-            x_XD = jnp.concatenate([x_XD, jnp.ones((*x_XD.shape[:-1], 1), x_XD.dtype)], axis=-1)
-        # The barrier keeps XLA from turning the backward product around, which would transpose [X, V] (0.4 s of 4 s).
-        kernel_DV = jax.lax.optimization_barrier(kernel_DV.astype(x_XD.dtype))
-        logits_XV = jnp.matmul(x_XD, kernel_DV, preferred_element_type=jnp.float32)
+            bias_XV = jnp.broadcast_to(bias_V.astype(jnp.float32), logits_XV.shape)
+            logits_XV = gradient_whole(logits_XV + bias_XV)
         return logits_XV
 
 
@@ -270,7 +351,8 @@ def blocks(
             y_BTD = edit("resid", depth + 1, y_BTD)
         return y_BTD, acts | {"resid": y_BTD}
 
-    return jax.lax.scan(body, x_BTD, (params, depth_L))
+    large = num_params(params) >= LARGE * depth_L.size
+    return jax.lax.scan(body, x_BTD, (params, depth_L), unroll=min(UNROLL, depth_L.size) if large else 1)
 
 
 def forward(

@@ -197,6 +197,66 @@ def test_blocks_run_in_pieces():
     np.testing.assert_allclose(x_BTD, out_BTD, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("unroll", [2, 6])
+def test_large_blocks_are_unrolled_and_nothing_changes(monkeypatch, unroll):
+    params, ids_BT = make(TINY), random_ids((2, 6))
+
+    def loss(params):
+        out_BTD, acts = transformer.forward(params, ids_BT, TINY)
+        return (out_BTD**2).sum() + (acts["pattern"] ** 2).sum()
+
+    def programs():
+        monkeypatch.setattr(transformer, "UNROLL", unroll)
+        return quick(jax.value_and_grad(loss)).lower(params)
+
+    looped = programs()
+    monkeypatch.setattr(transformer, "LARGE", 1)
+    unrolled = programs()
+    assert looped.as_text().count("stablehlo.while") == 2
+    assert unrolled.as_text().count("stablehlo.while") == (0 if unroll >= TINY.blocks else 2)
+    for a, b in zip(*(jax.tree.leaves(p.compile()(params)) for p in (looped, unrolled)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_gradients_held_back_are_the_gradients():
+    x = jnp.asarray([0.5, -2.0])
+    for direct in (lambda f: jax.grad(lambda x: f(x).sum()), lambda f: jax.jacfwd(f), lambda f: jax.hessian(f)):
+        found = direct(lambda x: transformer.gradient_whole(x**3))(x)
+        np.testing.assert_array_equal(found, direct(lambda x: x**3)(x))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("lead, K, F", [((1,), 1, 1), ((3,), 5, 1), ((2, 7), 8, 3), ((4, 16), 64, 48)])
+def test_bfloat16_products_and_their_gradients(lead, K, F, transposed, batched):
+    """Against NumPy in float64: sums are float32, what is differentiated is rounded to bfloat16 once."""
+    rng = np.random.default_rng(1)
+    bank = (2,) if batched else ()
+    x, kernel, slope = (
+        np.asarray(jnp.asarray(rng.normal(size=(*bank, *shape)), jnp.bfloat16))
+        for shape in ((*lead, K), (F, K) if transposed else (K, F), (*lead, F))
+    )
+
+    def run(x, kernel, slope):
+        y, pull = jax.vjp(partial(transformer.product, transposed=transposed), x, kernel)
+        return y, *pull(slope.astype(jnp.float32))
+
+    y, dx, dkernel = jax.jit(jax.vmap(run) if batched else run)(x, kernel, slope)
+    assert (y.dtype, dx.dtype, dkernel.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    x, kernel, slope = (a.astype(np.float64) for a in (x, kernel, slope))
+    kernel = kernel.swapaxes(-1, -2) if transposed else kernel
+    spread = kernel.reshape(*bank, *(1,) * len(lead), *kernel.shape[-2:])
+    flat = [a.reshape(*bank, -1, a.shape[-1]) for a in (x, slope)]
+    expected = np.einsum("...pk,...pf->...kf", *flat)
+    np.testing.assert_allclose(y, (x[..., None, :] @ spread)[..., 0, :], rtol=1e-5, atol=1e-5)
+    half = 2.0**-8  # of a bfloat16's last bit, and as much for float32 sums that cancel
+    np.testing.assert_allclose(
+        np.float64(dx), (slope[..., None, :] @ spread.swapaxes(-1, -2))[..., 0, :], rtol=half, atol=1e-4
+    )
+    expected = expected.swapaxes(-1, -2) if transposed else expected
+    np.testing.assert_allclose(np.float64(dkernel), expected, rtol=half, atol=1e-4)
+
+
 def test_forward_vmaps_over_a_bank_of_models():
     members = [make(TINY, seed) for seed in range(3)]
     bank = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)

@@ -14,7 +14,6 @@ Letters beside those of the package:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,6 +22,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from bert6_jax import parallel
 
 Array = jax.Array | np.ndarray
 
@@ -54,16 +55,40 @@ class RiseByBin(NamedTuple):
     tokens_Q: Array  # T_b, int32
 
 
+_STRETCH = 2**18  # positions counted at a time on CPU
+
+
 @partial(jax.jit, static_argnames="vocab_size")
 def count_tokens(targets: Array, predictions: Array, modes: Array, valid: Array, vocab_size: int) -> TokenCounts:
     """Hits and totals per token and corruption mode (sheet, section 2).
 
     All depths at once: `jax.vmap(count_tokens, (None, 0, None, None, None))` with predictions [M, ...].
     """
-    mode = jnp.where(valid, modes, len(MODES))  # out of bounds, so dropped
-    empty_CV = jnp.zeros((len(MODES), vocab_size), jnp.int32)
-    hits_CV = empty_CV.at[mode, targets].add((targets == predictions).astype(jnp.int32), mode="drop")
-    return TokenCounts(hits_CV, empty_CV.at[mode, targets].add(jnp.int32(1), mode="drop"))
+    C, V = len(MODES), vocab_size
+
+    def add(table, targets, predictions, modes, valid):
+        mode, target = (jnp.where(x < 0, x + n, x) for x, n in ((modes, C), (targets, V)))  # as `.at` reads negatives
+        inside = valid & (0 <= mode) & (mode < C) & (0 <= target) & (target < V)
+        cell = ((targets == predictions).astype(jnp.int32) * C + mode) * V + target
+        return table.at[jnp.where(inside, cell, 2 * C * V)].add(jnp.int32(1), mode="drop")
+
+    arrays = jnp.broadcast_arrays(targets, predictions, jnp.asarray(modes, jnp.int32), valid)
+    targets, predictions, modes, valid = (x.reshape(-1) for x in arrays)
+    arrays = targets.astype(jnp.int32), predictions.astype(jnp.int32), modes, valid
+    # Wrong and right predictions in one table, so that a position is one step of the scatter. On CPU by stretches,
+    # whose cells stay in the cache: a quarter of the time. The first, which is what does not fill a stretch, is counted
+    # ahead of the loop, so that inside `shard_map` the table varies over devices from the start.
+    stretch = _STRETCH if jax.default_backend() == "cpu" else max(targets.size, 1)
+    loops = max(targets.size - 1, 0) // stretch
+    first = targets.size - loops * stretch
+    table = add(jnp.zeros(2 * C * V, jnp.int32), *(x[:first] for x in arrays))
+    if loops:
+        at = partial(jax.lax.dynamic_slice_in_dim, slice_size=stretch)
+        table = jax.lax.fori_loop(
+            0, loops, lambda i, table: add(table, *(at(x, first + i * stretch) for x in arrays)), table
+        )
+    wrong_CV, hits_CV = table.reshape(2, C, V)
+    return TokenCounts(hits_CV, wrong_CV + hits_CV)
 
 
 def _sum_modes(counts: TokenCounts, modes: Sequence[str] | None) -> tuple[jax.Array, jax.Array]:
@@ -277,23 +302,45 @@ def _count_in_jit(targets, predictions, valid, vocab_size, size):
     return _coalesce(row.reshape(-1), col.reshape(-1), None, vocab_size, size)
 
 
+def _right_and_wrong(targets, predictions, valid, vocab_size):
+    """Right predictions of each id, [V], and the sorted keys of the wrong ones, of flat positions."""
+    right_V, wrong = np.zeros(vocab_size, np.int64), 0
+    key = np.empty(targets.size, np.uint32 if vocab_size <= _MAX_PACKED else np.uint64)
+    for begin in range(0, targets.size, _STRETCH):  # what is made on the way is small and stays in the cache
+        row, col, use = (x[begin : begin + _STRETCH] for x in (targets, predictions, valid))
+        if not use.all():
+            row, col = np.compress(use, row), np.compress(use, col)
+        if row.size and not (0 <= min(row.min(), col.min()) and max(row.max(), col.max()) < vocab_size):
+            raise ValueError(f"ids at valid positions must lie in 0..{vocab_size - 1}")
+        differ = row != col
+        right_V += np.bincount(np.compress(~differ, row).astype(np.intp), minlength=vocab_size)
+        row, col = (np.compress(differ, x).astype(key.dtype) for x in (row, col))  # a fifth of the time of x[differ]
+        row *= key.dtype.type(vocab_size)
+        np.add(row, col, out=key[wrong : wrong + row.size])
+        wrong += row.size
+    key = key[:wrong]
+    key.sort()
+    return right_V, key
+
+
 def _count_on_host(targets, predictions, valid, vocab_size):
-    valid = np.asarray(valid)
-    row, col = np.asarray(targets)[valid], np.asarray(predictions)[valid]
-    if row.size and not (0 <= min(row.min(), col.min()) and max(row.max(), col.max()) < vocab_size):
-        raise ValueError(f"ids at valid positions must lie in 0..{vocab_size - 1}")
-    key = row.astype(np.uint32 if vocab_size <= _MAX_PACKED else np.uint64)
-    key *= key.dtype.type(vocab_size)
-    key += col.astype(key.dtype)
-    # Sorting releases the interpreter lock: sort a part in each thread; the stable sort then only merges sorted runs.
-    parts = np.array_split(key, min(4, os.cpu_count() or 1))
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(np.ndarray.sort, parts))
-    if len(parts) > 1:
-        key.sort(kind="stable")
+    # Right predictions need no sorting: they are counted by id, and one key an id stands for them among the others.
+    # Most of NumPy releases the interpreter lock: a stretch a thread; the stable sort then only merges sorted runs.
+    flat = (np.asarray(x).reshape(-1) for x in (targets, predictions, valid))
+    stretches = zip(*(np.array_split(x, min(4, parallel.cores())) for x in flat), strict=True)
+    with ThreadPoolExecutor(min(4, parallel.cores())) as pool:
+        right, keys = zip(*pool.map(lambda x: _right_and_wrong(*x, vocab_size), stretches), strict=True)
+    right_V = np.sum(right, axis=0)
+    seen = np.flatnonzero(right_V)
+    own = seen.astype(keys[0].dtype) * keys[0].dtype.type(vocab_size + 1)
+    key = np.concatenate([*keys, own])
+    key.sort(kind="stable")
     start = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: key.size])
-    row, col = (part.astype(np.int32) for part in np.divmod(key[start], key.dtype.type(vocab_size)))
-    return Confusion(row, col, np.diff(start, append=key.size).astype(np.int32), np.int32(0))
+    count = np.diff(start, append=key.size).astype(np.int32)
+    key = key[start]
+    count[np.searchsorted(key, own)] = right_V[seen]
+    row, col = (part.astype(np.int32) for part in np.divmod(key, key.dtype.type(vocab_size)))
+    return Confusion(row, col, count, np.int32(0))
 
 
 def count_confusion(
@@ -306,10 +353,8 @@ def count_confusion(
     are, counted by NumPy on the host, faster there; ids outside the vocabulary are then a ValueError. For one mode
     alone pass `valid & (modes == k)`.
     """
-    # 10 million positions with Zipf ids, V = 30,522, 2.7 million pairs, two Zen 4 cores, in seconds:
-    #   NumPy: sort packed keys 0.35, in two threads 0.17 + merge 0.02; _count_on_host 0.42 of CPU time, 0.27 GB
-    #   XLA on CPU: sort packed keys 0.51, with a payload 0.9-2.9, by (row, col) 1.8-3.1; _count_in_jit 0.7, 0.29 GB
-    # A dense int64 table takes 7 GB and took torch.bincount 4 to 5, scikit-learn more than 10.
+    # 10 million positions with Zipf ids, 60 % right, V = 30,522, 2 million pairs, a Zen 4 core: 0.22 s of CPU time on
+    # the host, 0.14 of it NumPy sorting the wrong ones (it sorts all in 0.34). More in benchmarks/NOTES.md.
     if size is None:
         return _count_on_host(targets, predictions, valid, vocab_size)
     return _count_in_jit(targets, predictions, valid, vocab_size, size)

@@ -90,6 +90,47 @@ def test_counts_equal_the_reference_and_vmap_over_depths():
         assert_same([x[depth] for x in depths], metrics.count_tokens(targets, predicted, modes, valid, V))
 
 
+def test_what_lies_outside_of_the_tables_counts_nowhere():
+    """Least of all for a neighbour in the flat table; below 0 an index is read from the end, as `.at` reads it."""
+    rng = generator(21)
+    targets, predictions = rng.integers(-2 * V, 2 * V, (2, 4_000)).astype(np.int32)
+    predictions = np.where(rng.random(4_000) < 0.5, targets, predictions)
+    modes = rng.integers(-7, 7, 4_000).astype(np.int8)
+    valid = rng.random(4_000) < 0.8
+    inside = valid & (targets >= -V) & (targets < V) & (modes >= -3) & (modes < 3)
+    counts = metrics.count_tokens(targets, predictions, modes, valid, V)
+    assert_same(counts, reference_counts(targets, predictions, modes, inside))
+
+
+@pytest.mark.parametrize("size", [0, 1, 6, 7, 8, 14, 15, 50])
+def test_counts_do_not_depend_on_the_stretches(size, monkeypatch):
+    monkeypatch.setattr(metrics, "_STRETCH", 7)
+    arrays = positions(22, (size,))
+    assert_same(metrics.count_tokens.__wrapped__(*arrays, V), reference_counts(*arrays))
+
+
+def test_many_stretches_over_depths_and_devices():
+    per_device = 2 * metrics._STRETCH + 5
+    targets, predictions, modes, valid = arrays = positions(23, (4, per_device))
+    cell = ((targets == predictions) * 3 + modes.astype(np.int64))[valid] * V + targets[valid]
+    wrong, hits = np.bincount(cell, minlength=6 * V).reshape(2, 3, V)
+    counts = metrics.count_tokens(*arrays, V)
+    assert_same(counts, (hits, wrong + hits))
+    depths = jax.vmap(metrics.count_tokens, (None, 0, None, None, None))(
+        targets, np.stack([predictions, targets]), modes, valid, V
+    )
+    assert_same([x[0] for x in depths], counts)
+    assert_same([x[1] for x in depths], (counts.totals_CV, counts.totals_CV))
+
+    over, split = mesh(4), P("data")
+    summed = jax.shard_map(
+        lambda *x: jax.lax.psum(metrics.count_tokens(*x, V), "data"), mesh=over, in_specs=split, out_specs=P()
+    )
+    assert_same(summed(*arrays), counts)
+    sharded = jax.device_put(arrays, NamedSharding(over, split))
+    assert_same(jax.jit(lambda *x: metrics.count_tokens(*x, V))(*sharded), counts)
+
+
 @pytest.mark.parametrize("batch", [1, 8, 24])
 def test_sums_do_not_depend_on_the_batch_size(batch):
     arrays = positions(1, (48, 10))
@@ -360,13 +401,35 @@ def test_confusion_counts_what_finds_no_slot():
 def test_confusion_does_not_depend_on_order_or_threads(cores, monkeypatch):
     targets, predictions, _, valid = positions(13, (1000,))
     whole = metrics.count_confusion(targets, predictions, valid, V)
-    monkeypatch.setattr(metrics.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(metrics.parallel, "cores", lambda: cores)
     order = generator(14).permutation(1000)
     assert_same(metrics.count_confusion(targets[order], predictions[order], valid[order], V), whole)
     depths = jax.vmap(lambda p: metrics.count_confusion(targets, p, valid, V, size=V * V))(
         np.stack([predictions, targets])
     )
     assert_same([x[0, : whole.row_E.size] for x in depths[:3]], whole[:3])
+
+
+@pytest.mark.parametrize("right", ["all", "none", "the first half", "one id", "one id alone is wrong"])
+@pytest.mark.parametrize("vocab_size", [V, 65_536])
+def test_confusion_whatever_is_right(right, vocab_size, monkeypatch):
+    """Right predictions are counted apart from the sorted pairs of the wrong ones, and put among them."""
+    targets, _, _, valid = positions(24, (30, 50))
+    wrong = (targets + 1 + generator(25).integers(0, V - 1, targets.shape)) % V
+    is_right = {
+        "all": np.ones_like(valid),
+        "none": np.zeros_like(valid),
+        "the first half": np.arange(30)[:, None] < 15,
+        "one id": targets == 4,
+        "one id alone is wrong": targets != 4,
+    }[right]
+    predictions = np.where(is_right, targets, wrong).astype(np.int32)
+    pair, count = np.unique(np.stack([targets[valid], predictions[valid]]), axis=1, return_counts=True)
+    assert_same(metrics.count_confusion(targets, predictions, valid, vocab_size), (*pair, count, 0))
+    monkeypatch.setattr(metrics, "_STRETCH", 100)
+    assert_same(metrics.count_confusion(targets, predictions, valid, vocab_size), (*pair, count, 0))
+    whole = metrics.count_confusion(targets[valid], predictions[valid], np.ones(valid.sum(), bool), vocab_size)
+    assert_same(whole, (*pair, count, 0))
 
 
 def test_confusion_of_nothing_and_of_bad_ids():

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from bert6_jax.data.sources import Document, Source
-from bert6_jax.data.tokenizer import Tokenizer
+from bert6_jax.data.tokenizer import CorpusEncoder, Tokenizer
 from bert6_jax.errors import InputError
 
 FORMAT = 1
@@ -147,13 +147,13 @@ def open_store(path: str | os.PathLike) -> TokenStore:
 
 def _write(source: Source, tokenizer: Tokenizer, folder: Path, progress: Callable[[int, int], None] | None) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    encode = CorpusEncoder(tokenizer)
     documents = tokens = unknown = 0
     with _HashedFile(folder / "ids.bin") as ids_file, _HashedFile(folder / "offsets.bin") as offsets_file:
         offsets_file.write(np.zeros(1, np.int64))
         for batch in _batches(source.documents()):
-            ids_D = tokenizer.encode_batch([document.text for document in batch])
-            ids = np.concatenate(ids_D)
-            offsets_file.write(tokens + np.cumsum([len(ids) for ids in ids_D], dtype=np.int64))
+            ids, size_D = encode([document.text for document in batch])
+            offsets_file.write(tokens + np.cumsum(size_D))
             ids_file.write(ids.astype(dtype))
             documents += len(batch)
             tokens += len(ids)

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MAS
 MAX_ALPHABET = 1000  # as in the `tokenizers` and BERT defaults
 # The library holds about 110 bytes a character of a document while it works on it; pieces of this size bound that.
 _PIECE = 1_000_000
+_GROUP = 128  # words that the library cuts in one call of it; a call costs as much as two words
+_REMEMBERED = 4_000_000  # characters of words, with their ids and all about 100 MB
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,81 @@ class Tokenizer:
     def save(self, path: str | os.PathLike) -> None:
         """Writes `tokenizer.json`; `load_tokenizer(path)` gives an equal tokenizer."""
         Path(path).write_text(self._rust.to_str(pretty=True), encoding="utf-8")
+
+
+class CorpusEncoder:
+    """Encodes the batches of a corpus with the ids of `Tokenizer.encode_batch`, but cuts a word once.
+
+    What BERT's normaliser and pre-tokenizer make of a word between blanks or line ends does not depend on its
+    neighbours, and most words of a corpus came before: their ids are looked up. Words are forgotten all at once when
+    they have come to `_REMEMBERED` characters. A tokenizer of another kind, or with tokens of its own beside the
+    vocabulary, encodes all text anew.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        spec = json.loads(tokenizer._rust.to_str())
+        kinds = [(spec[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
+        ours = all(token["special"] for token in spec["added_tokens"])  # which text never has, see the module
+        self._by_words = kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and ours
+        self._rust = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._rust.encode_special_tokens = True
+        # A line end, which no word holds, is a token here: it ends the ids of a word among those of many.
+        self._rust.add_tokens([tokenizers.AddedToken("\n", normalized=False)])
+        self._end = self._rust.token_to_id("\n")
+        self._forget()
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts one after the other, int32 [tokens], and how many each has, int64 [its length]."""
+        if not self._by_words or not texts:
+            ids_D = self._tokenizer.encode_batch(texts)
+            return np.concatenate([np.zeros(0, np.int32), *ids_D]), np.array([len(ids) for ids in ids_D], np.int64)
+        if self._characters > _REMEMBERED:
+            self._forget()
+        pieces = [list(_pieces(text)) for text in texts]
+        # Words of a text, empty ones included.
+        words_D = [sum(piece.count(" ") + piece.count("\n") + 1 for piece in ps) for ps in pieces]
+        words = chain.from_iterable(piece.replace("\n", " ").split(" ") for ps in pieces for piece in ps)
+        word_N = np.fromiter(map(self._number.__getitem__, words), np.int64, sum(words_D))
+        self._learn()
+        size_N = self._size_U[word_N]
+        at_C = np.repeat(self._first_U[word_N] - (np.cumsum(size_N) - size_N), size_N)
+        at_C += np.arange(len(at_C))
+        return self._ids[at_C], np.add.reduceat(size_N, np.cumsum([0, *words_D[:-1]]))
+
+    def _forget(self) -> None:
+        self._number = _Numbers()
+        self._ids = np.zeros(0, np.int32)
+        self._first_U = self._size_U = np.zeros(0, np.int64)  # word u is ids[first : first + size]
+        self._characters = 0
+
+    def _learn(self) -> None:
+        """Cuts the words that were numbered since the last time."""
+        new, self._number.new = self._number.new, []
+        if not new:
+            return
+        group = max(1, min(_GROUP, _PIECE // (max(map(len, new)) + 1)))
+        lines = ["\n".join(new[i : i + group]) + "\n" for i in range(0, len(new), group)]
+        encodings = self._rust.encode_batch_fast(lines, add_special_tokens=False)
+        ids = np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
+        end_U = np.flatnonzero(ids == self._end)
+        size_U = np.diff(end_U, prepend=-1) - 1
+        self._first_U = np.concatenate([self._first_U, len(self._ids) + end_U - size_U])
+        self._size_U = np.concatenate([self._size_U, size_U])
+        self._ids = np.concatenate([self._ids, ids])
+        self._characters += sum(map(len, lines))
+
+
+class _Numbers(dict):
+    """Numbers words in the order in which they are first asked for; `new` holds those not yet cut."""
+
+    def __init__(self):
+        self.new: list[str] = []
+
+    def __missing__(self, word: str) -> int:
+        self[word] = number = len(self)
+        self.new.append(word)
+        return number
 
 
 def load_tokenizer(path: str | os.PathLike, lowercase: bool | None = None) -> Tokenizer:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +32,8 @@ class Windows:
     """W rows of `length` positions; made by `make_windows`.
 
     Piece p is `size_P[p]` ids of document `document_P[p]` from `start_P[p]` of the store on and stands at column
-    `column_P[p]`; row w holds the pieces `first_W1[w]` to `first_W1[w + 1]`. `dropped_documents` counts documents
-    shorter than the least size, `dropped_tails` last windows shorter than it.
+    `column_P[p]`; row w holds the pieces `first_W1[w]` to `first_W1[w + 1]`, at least one, from column 0 on without a
+    gap. `dropped_documents` counts documents shorter than the least size, `dropped_tails` last windows shorter than it.
     """
 
     store: TokenStore = field(repr=False)
@@ -76,35 +76,78 @@ class Windows:
         `valid_B` marks the rows that count (default: all), see `rows_at`.
         """
         row_B = np.asarray(row_B)
+        ids, segment, *position = self._packed(row_B) if self.packed else self._alone(row_B)
+        batch = {
+            "ids": ids,
+            "segment": segment,
+            "row": row_B.astype(np.int32),
+            "valid": np.ones(len(row_B), bool) if valid_B is None else np.asarray(valid_B),
+        }
+        return batch | {"position": position[0]} if self.packed else batch
+
+    @cached_property
+    def _stretches(self) -> np.ndarray:
+        """All stretches of T - 2 ids that follow each other in the store, a view [.., T - 2]; one in a tiny store."""
+        ids, room = np.asarray(self.store.ids), self.length - 2
+        if len(ids) < room:
+            ids = np.concatenate([ids, np.zeros(room - len(ids), ids.dtype)])
+        return np.lib.stride_tricks.sliding_window_view(ids, room)
+
+    @cached_property
+    def _ones_up_to(self) -> np.ndarray:
+        """Row n is n ones and then zeros, a view int32 [T + 1, T]."""
+        steps = np.repeat(np.array([1, 0], np.int32), self.length)
+        return np.lib.stride_tricks.sliding_window_view(steps, self.length)[::-1]
+
+    def _alone(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`ids` and `segment` of rows of one piece each: stretches of the store, padding laid over their ends."""
+        B, room = len(row_B), self.length - 2
+        start_B, size_B = self.start_P[row_B], self.size_P[row_B]
+        last = len(self._stretches) - 1
+        ids_BT = np.empty((B, self.length), np.int32)
+        ids_BT[:, 0] = self.cls_id
+        ids_BT[:, 1:-1] = self._stretches[np.minimum(start_B, last)]
+        for b in np.flatnonzero(start_B > last):  # their stretch would reach beyond the store's end
+            ids_BT[b, 1 : 1 + size_B[b]] = self.store.ids[start_B[b] : start_B[b] + size_B[b]]
+        segment_BT = self._ones_up_to[size_B + 2]
+        if B and size_B.min() < room:
+            np.copyto(ids_BT, self.pad_id, where=segment_BT == 0)
+        ids_BT[np.arange(B), size_B + 1] = self.sep_id
+        return ids_BT, segment_BT
+
+    def _packed(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`ids`, `segment` and `position` of packed rows.
+
+        The pieces of a row stand one behind the other from column 0 on. The last one is given the rest of the row, so
+        every cell belongs to a piece; padding is laid over that rest at the end.
+        """
         B, T = len(row_B), self.length
         first_B = self.first_W1[row_B]
         pieces_B = self.first_W1[row_B + 1] - first_B
         segment_P = _count_up(pieces_B)
         piece_P = np.repeat(first_B, pieces_B) + segment_P
-        width_P = self.size_P[piece_P] + 2
-        cell_P = np.repeat(np.arange(B) * T, pieces_B) + self.column_P[piece_P]
-        position_C = _count_up(width_P)
-        cell_C = np.repeat(cell_P, width_P) + position_C
+        column_P, size_P = self.column_P[piece_P], self.size_P[piece_P]
+        last_B = np.cumsum(pieces_B) - 1
+        span_P = size_P + 2
+        span_P[last_B] = T - column_P[last_B]
+        cell_P = np.cumsum(span_P) - span_P  # of [CLS]
 
-        ids = np.full(B * T, self.pad_id, np.int32)
-        token_C = np.repeat(self.start_P[piece_P] - 1, width_P) + position_C
-        # Clipping concerns the cells of [CLS] and [SEP] only, which are set just after.
-        ids[cell_C] = np.take(np.asarray(self.store.ids), token_C, mode="clip")
+        cell_C = np.arange(B * T)
+        ids = np.repeat(self.start_P[piece_P] - 1 - cell_P, span_P)
+        ids += cell_C
+        # Clipping concerns cells that are overwritten just after: [CLS], [SEP], padding.
+        ids = np.take(np.asarray(self.store.ids), ids, mode="clip").astype(np.int32)
+        segment = np.repeat((segment_P + 1).astype(np.int32), span_P)
+        position = cell_C.astype(np.int32)
+        position -= np.repeat(cell_P.astype(np.int32), span_P)
         ids[cell_P] = self.cls_id
-        ids[cell_P + width_P - 1] = self.sep_id
-        segment = np.zeros(B * T, np.int32)
-        segment[cell_C] = np.repeat(segment_P + 1, width_P)
-        batch = {
-            "ids": ids.reshape(B, T),
-            "segment": segment.reshape(B, T),
-            "row": row_B.astype(np.int32),
-            "valid": np.ones(B, bool) if valid_B is None else np.asarray(valid_B),
-        }
-        if self.packed:
-            position = np.zeros(B * T, np.int32)
-            position[cell_C] = position_C
-            batch["position"] = position.reshape(B, T)
-        return batch
+        ids[cell_P + size_P + 1] = self.sep_id
+        ids_BT, segment_BT, position_BT = (x.reshape(B, T) for x in (ids, segment, position))
+        used_BT = self._ones_up_to[column_P[last_B] + size_P[last_B] + 2]
+        np.copyto(ids_BT, self.pad_id, where=used_BT == 0)
+        segment_BT *= used_BT
+        position_BT *= used_BT
+        return ids_BT, segment_BT, position_BT
 
 
 def make_windows(

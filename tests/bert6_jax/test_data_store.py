@@ -59,6 +59,19 @@ def test_holds_the_ids_of_every_document(tmp_path, monkeypatch):
     assert calls == sorted(calls) and len(calls) > 5 and calls[-1] == (200, store.num_tokens)
 
 
+def test_the_same_bytes_for_every_thread_count_and_batch_size(tmp_path):
+    built = []
+    for threads in (None, "1", "3"):
+        environment = {"TOKENIZERS_PARALLELISM": "false"} if threads is None else {"RAYON_NUM_THREADS": threads}
+        code = f"os.environ.update({environment}); store._BATCH_CHARACTERS = 100 * {threads or 2}\n"
+        cache = tmp_path / str(threads)
+        assert run_child(code + "store.build_store(t.source(), t.TOKENIZER, cache)", cache).returncode == 0
+        (path,) = cache.iterdir()
+        built.append({file.name: file.read_bytes() for file in path.iterdir()})
+    assert built[0] == built[1] == built[2] and len(built[0]) == 3
+    assert_holds(open_store(path))
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path):
     for extra, dtype in ((65_536 - 5 - len(WORDS), np.uint16), (65_537 - 5 - len(WORDS), np.uint32)):
         tokenizer = wordpiece((*SPECIALS, *(f"x{i}" for i in range(extra)), *WORDS))

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bert6_jax.data import tokenizer as tokenizer_module
-from bert6_jax.data.tokenizer import SPECIALS, load_tokenizer, train_wordpiece, wordpiece
+from bert6_jax.data.sources import open_source
+from bert6_jax.data.tokenizer import SPECIALS, CorpusEncoder, load_tokenizer, train_wordpiece, wordpiece
 from bert6_jax.errors import InputError
 
 WORDS = ("a", "ab", "b", "##b", "##a", "##bab", "c", "##c", ".", "[", "]", "mask", "e")
@@ -233,3 +234,71 @@ def test_equals_hugging_face(shared_data, monkeypatch):
     assert [ids.tolist() for ids in ours.encode_batch(texts)] == expected
     assert ours.special_ids == (0, 100, 101, 102, 103) and ours.vocab_size == theirs.vocab_size == 30522
     assert list(ours.tokens) == theirs.convert_ids_to_tokens(range(30522))
+
+
+# Letters and what stands between or on them: blanks of all kinds, controls, accents, Greek sigmas, CJK, specials.
+ODD = "abÉΣİ.[]'- \n\t\r\x00\x0b\x1c\x85\u00a0\u00ad\u0301\u0327\u200b\u2028\u2029\u3000\u4e2d\ufeff\ue000\U0001f600"
+PIECES = [*ODD.split(" ")[0].lower(), "σ", "ς", "中", "e", "i", "\u0301", "\u00a0", "mask", "ab", "##\u0307"]
+ODD_TOKENS = tuple(
+    dict.fromkeys((*SPECIALS, *PIECES, *(f"##{piece}" for piece in PIECES if not piece.startswith("##"))))
+)
+ODD_TEXTS = st.lists(
+    st.lists(st.sampled_from([*ODD, *SPECIALS, "[mask]", " ab ", "ab\u0301", "b" * 101]), max_size=12).map("".join),
+    max_size=6,
+)
+
+
+def assert_encodes(tokenizer, batches):
+    """Batch after batch, the encoder of a corpus gives what the library gives for the whole texts."""
+    encode = CorpusEncoder(tokenizer)
+    for texts in batches:
+        expected = tokenizer.encode_batch(texts)
+        ids, size_D = encode(texts)
+        assert (ids.dtype, size_D.dtype) == (np.int32, np.int64)
+        assert size_D.tolist() == [len(ids) for ids in expected]
+        assert ids.tolist() == [i for ids in expected for i in ids]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(ODD_TEXTS, max_size=3), st.booleans(), st.booleans(), st.sampled_from([None, False, True]))
+def test_a_corpus_is_encoded_as_its_texts_are(batches, lowercase, chinese, strip):
+    tokenizer = wordpiece(ODD_TOKENS, lowercase, handle_chinese_chars=chinese, strip_accents=strip)
+    assert_encodes(tokenizer, batches)
+
+
+def test_a_corpus_encoder_forgets_and_cuts_long_texts(monkeypatch):
+    batches = [["ab abab\nc a.b " * 20, "", "a" * 60], ["c b"], ["zz", "a.b ab\n\n"], ["ab abab"]]
+    calls = []
+    monkeypatch.setattr(CorpusEncoder, "_forget", lambda self, forget=CorpusEncoder._forget: calls.append(forget(self)))
+    for piece, remembered, times in ((1_000_000, 4_000_000, 1), (17, 4_000_000, 1), (17, 10, 3), (1, 0, 4)):
+        monkeypatch.setattr(tokenizer_module, "_PIECE", piece)
+        monkeypatch.setattr(tokenizer_module, "_REMEMBERED", remembered)
+        calls.clear()
+        assert_encodes(wordpiece(TOKENS), batches)
+        assert len(calls) == times
+
+
+def other_tokenizers():
+    """Tokenizers that see more than one word at a time."""
+    spec = json.loads(wordpiece(TOKENS)._rust.to_str())
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    yield "added token", spec | {"added_tokens": [*spec["added_tokens"], {"id": len(TOKENS), "content": "b a"} | added]}
+    yield "strips", spec | {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}
+    yield "replaces", spec | {"normalizer": {"type": "Replace", "pattern": {"String": "b a"}, "content": "c"}}
+    yield "whole text", spec | {"pre_tokenizer": None, "model": spec["model"] | {"max_input_chars_per_word": 9}}
+
+
+@pytest.mark.parametrize(("name", "spec"), [pytest.param(*row, id=row[0]) for row in other_tokenizers()])
+def test_other_tokenizers_encode_whole_texts(tmp_path, name, spec):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    texts = ["ab a b a", " c", "a"]
+    assert_encodes(tokenizer, [texts, [], texts[::-1]])
+    words = [i for word in "ab a b a".split(" ") for i in tokenizer.encode_batch([word])[0]]
+    assert tokenizer.encode_batch(texts)[0].tolist() != words or name == "strips"
+
+
+def test_a_corpus_of_wikipedia_is_encoded_as_its_texts_are(shared_data):
+    texts = [document.text for document in open_source(shared_data / "wikipedia" / "part-06.jsonl.gz").documents()]
+    tokenizer = load_tokenizer(shared_data / "bert_vocab")
+    assert_encodes(tokenizer, [texts[:300], texts[300:600]])

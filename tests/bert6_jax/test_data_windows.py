@@ -115,6 +115,36 @@ def test_packed_rows_hold_the_same_pieces(lengths, mode, length):
         _ = packed.document_W
 
 
+def cell_by_cell(windows, row_B):
+    """`ids`, `segment` and `position` of rows, one cell at a time."""
+    ids, segment, position = (np.full((len(row_B), windows.length), fill) for fill in (PAD, 0, 0))
+    for b, row in enumerate(row_B):
+        for number, p in enumerate(range(windows.first_W1[row], windows.first_W1[row + 1]), 1):
+            start, size, column = windows.start_P[p], windows.size_P[p], windows.column_P[p]
+            for at, token in enumerate([CLS, *windows.store.ids[start : start + size], SEP]):
+                ids[b, column + at], segment[b, column + at], position[b, column + at] = token, number, at
+    return ids, segment, position
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.sampled_from(["first", "all"]), st.integers(5, 60), st.booleans(), st.data())
+def test_batches_equal_cells(lengths, mode, length, pack, data):
+    windows = make_windows(make_store(random_documents(lengths)), TOKENIZER, length=length, mode=mode, pack=pack)
+    row_B = np.array(data.draw(st.lists(st.integers(0, windows.num_rows - 1), max_size=8)), np.int32)
+    for _ in range(2):  # what is kept between calls must not be what the caller was given
+        batch = windows.batch(row_B)
+        ids, segment, position = cell_by_cell(windows, row_B)
+        np.testing.assert_array_equal(batch["ids"], ids)
+        np.testing.assert_array_equal(batch["segment"], segment)
+        if pack:
+            np.testing.assert_array_equal(batch["position"], position)
+        assert {str(x.dtype) for x in batch.values()} == {"int32", "bool"} and set(batch) - {"position"} == {
+            "ids", "segment", "row", "valid"
+        }  # fmt: skip
+        for name in set(batch) - {"row", "valid"}:
+            batch[name][:] = -1
+
+
 @settings(deadline=None)
 @given(
     st.integers(5, 30).flatmap(lambda T: st.tuples(st.just(T), st.lists(st.integers(3, T), min_size=1, max_size=60)))

@@ -108,6 +108,10 @@ def learning_rates(cfg: OptimizerConfig, steps: int) -> jax.Array:
     return jax.vmap(lambda step: learning_rate(cfg, step, steps, steps))(jnp.arange(steps))
 
 
+# The same for every b1, b2 and eps. One program a tree, where eager zeros are one a shape.
+_zero_moments = jax.jit(optax.scale_by_adam().init)
+
+
 class ScheduleState(NamedTuple):
     count: jax.Array  # int32, updates made
     steps: jax.Array  # int32, of the whole run
@@ -124,8 +128,9 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, steps_per_epoch: int) -> op
         rate = learning_rate(cfg, *state)
         return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), state._replace(count=state.count + 1)
 
+    adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
     return optax.chain(
-        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+        optax.GradientTransformation(_zero_moments, adam.update),
         optax.add_decayed_weights(cfg.weight_decay),
         optax.GradientTransformation(init_schedule, apply_schedule),
     )
@@ -199,6 +204,8 @@ def many_steps(step):
     n is data, not shape: one compiled program serves every partition of a run into dispatches, so where a run is cut
     (snapshots, checkpoints, a kill) cannot change its arithmetic.
     """
+    # Traced once for its shapes and for the loop; inlined, so that the program is what it is without.
+    step = jax.jit(step, inline=True)
 
     def run(state, batches, n, frozen):
         S = jax.tree.leaves(batches)[0].shape[0]
@@ -238,7 +245,7 @@ def device_peak_flops() -> float:
     for name, peak in _PEAK_BF16.items():
         if name in kind:
             return peak
-    n = 1536
+    n = 1_024  # the rate of larger ones within a few per cent, and every start pays for it
     x = jnp.full((n, n), 0.5, jnp.float32)
     matmul = jax.jit(jnp.matmul)
     matmul(x, x).block_until_ready()
@@ -508,6 +515,7 @@ def grid_step(
         trained, opt_state, finite, rate_S, seed, base, data = member
         frozen = take(frozen_P, base)
 
+        @functools.partial(jax.jit, inline=True)  # traced once for its names and for the loop, as in `many_steps`
         def step(now, trained):
             key = jax.random.fold_in(jax.random.key(seed), now)
             (mean, means), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, key, data)

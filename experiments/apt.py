@@ -31,7 +31,8 @@ from bert6_jax import checkpoint, metrics, objectives, parallel, readout, train,
 from bert6_jax.config import TransformerConfig
 from bert6_jax.data.sources import TextSource, open_source
 from bert6_jax.data.store import build_store
-from bert6_jax.data.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
+from bert6_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bert6_jax.data.vocabulary import trained_wordpiece
 from bert6_jax.data.windows import (
     Windows,
     make_windows,
@@ -226,7 +227,7 @@ def load_corpus(
     else:  # trained on the articles that the model will be trained on
         texts = texts if lang else [document.text for document in source.documents()]
         split = split_documents(len(texts), cfg.split_seed, cfg.held_out, cfg.subset_sizes)
-        tokenizer = train_wordpiece([texts[i] for i in np.sort(split.subsets[max(split.subsets)])], cfg.vocab_size)
+        tokenizer = trained_wordpiece([texts[i] for i in np.sort(split.subsets[max(split.subsets)])], cfg.vocab_size)
     with Progress(None, "tokenise", "tokens", quiet=run.quiet) as progress:
         store = build_store(
             source, tokenizer, progress=lambda documents, tokens: progress.update(tokens - progress.done)

@@ -37,7 +37,8 @@ from bert6_jax.data import facts as fact_data
 from bert6_jax.data.facts import ANSWER, SUBJECT, Facts
 from bert6_jax.data.pairs import padded
 from bert6_jax.data.store import TokenStore
-from bert6_jax.data.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
+from bert6_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bert6_jax.data.vocabulary import trained_wordpiece
 from bert6_jax.data.windows import Windows, make_windows, rows_at
 from bert6_jax.errors import InputError
 from experiments import apt
@@ -260,7 +261,7 @@ def make_world(cfg: TextConfig, name: str, seed: int) -> World:
         tokenizer = load_tokenizer(cfg.text_vocab)
     else:  # the text of the largest K and the words of all questions and answers, also of subjects of no text
         asked = [f"{fact_data.question(facts, fact)} {fact.answer}" for fact in facts.facts]
-        tokenizer = train_wordpiece(documents[Ks[-1]] + asked, cfg.text_vocab_size)
+        tokenizer = trained_wordpiece(documents[Ks[-1]] + asked, cfg.text_vocab_size)
     model = gpt_mini(
         -(-tokenizer.vocab_size // 256) * 256,  # so that seeds whose vocabularies differ a little share their programs
         width=cfg.text_width, blocks=cfg.text_blocks, heads=cfg.text_heads, head_width=cfg.text_width // cfg.text_heads,

@@ -271,7 +271,8 @@ def prepare_jax(compilation_cache: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+            # All of them: a start compiles tens of small programs, and reads each in a fraction of the time.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @contextlib.contextmanager

@@ -121,6 +121,39 @@ def test_log_spaced_steps_by_hand():
     assert train.log_spaced(20, even=4, per_octave=2) == (0, 1, 2, 3, 4, 5, 6, 8, 10, 11, 15, 16, 20)
 
 
+def test_moments_begin_as_those_of_optax(params):
+    cfg = train.OptimizerConfig(b1=0.5, b2=0.6, eps=0.1)
+    expected = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps).init(params)
+    found = train.make_optimizer(cfg, STEPS, 5).init(params)[0]
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (ours.dtype, ours.shape, ours.weak_type) == (theirs.dtype, theirs.shape, theirs.weak_type)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_step_is_traced_once_and_its_program_stays_what_it_is(params, monkeypatch):
+    """Against the program of the same loop that traces the step for its shapes and again for its body."""
+    tx, step = make()
+    traced = []
+
+    def counted(*args):
+        traced.append(1)
+        return step(*args)
+
+    state = train.init_state(params, tx, jax.random.key(1))
+    batches = jax.tree.map(lambda *x: np.stack(x), *map(batch_at, range(3)))
+
+    def program(many):
+        return jax.jit(many).lower(state, batches, 2, None).as_text()
+
+    found = program(train.many_steps(counted))
+    assert len(traced) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "jit", lambda fn, **_: fn)
+        plain = train.many_steps(step)
+    assert program(plain) == found
+
+
 def test_the_optimiser_is_adamw_with_decay_on_everything():
     """Against Optax's own AdamW under a constant rate; decay on biases and norms too (recipe of the paper)."""
     cfg = train.OptimizerConfig(lr=1e-2, schedule="constant", weight_decay=0.1)

@@ -322,6 +322,30 @@ def test_the_compilation_cache_lies_beside_the_data(tmp_path, monkeypatch, cache
     assert cache_dir_setting() == str(tmp_path / "cache" / "xla") and (tmp_path / "cache" / "xla").is_dir()
 
 
+def test_every_program_is_kept_and_a_second_start_compiles_none(tmp_path):
+    """Also those that compile in a blink: a start has tens of them."""
+    script = (
+        "import jax, jax.numpy as jnp\n"
+        "from experiments.harness import cli\n"
+        "cli.prepare_jax(True)\n"
+        "print(jax.jit(lambda x: x + 1)(jnp.arange(3)).tolist())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment |= {
+        "BERT6_JAX_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+
+    def begin():
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
+        assert done.stdout == "[1, 2, 3]\n"
+        return sorted(path.name for path in (tmp_path / "xla").iterdir())
+
+    first = begin()
+    assert len([name for name in first if name.startswith("jit__lambda")]) == 1
+    assert begin() == first
+
+
 def test_a_cache_that_cannot_be_made_costs_nothing(tmp_path, monkeypatch, cache_dir_setting):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     (tmp_path / "file").write_bytes(b"")

@@ -92,7 +92,7 @@ class PretrainConfig:
     mask_rate: float = option(0.15, "share of positions modified in training; evaluation: 0.15", "training", max=1.0)
     slots: int = option(40, "prediction slots of a row; positions beyond are counted, not used", "training", min=1)
     unknown_targets: bool = option(True, "may [UNK] be a target, as in the authors' masking", "training")
-    dispatch: int = option(1, "steps sent to the device at once", "training", min=1)
+    dispatch: int = option(4, "steps sent to the device at once", "training", min=1)
     checkpoint_every: int = option(1_000, "steps between checkpoints", "training", min=1)
     snapshots: int = option(0, "snapshots at equal distances, beside those at 0, 1, 2, 4, ...", "training", min=0)
 

@@ -214,8 +214,10 @@ def test_large_blocks_are_unrolled_and_nothing_changes(monkeypatch, unroll):
     unrolled = programs()
     assert looped.as_text().count("stablehlo.while") == 2
     assert unrolled.as_text().count("stablehlo.while") == (0 if unroll >= TINY.blocks else 2)
-    for a, b in zip(*(jax.tree.leaves(p.compile()(params)) for p in (looped, unrolled)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    found, expected = (jax.tree.leaves(program.compile()(params)) for program in (unrolled, looped))
+    scale = max(np.abs(leaf).max() for leaf in expected[1:])  # of all gradients: those of the keys' biases are zero
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * scale)
 
 
 def test_gradients_held_back_are_the_gradients():

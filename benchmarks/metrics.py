@@ -388,6 +388,8 @@ def measure(work: str, args: argparse.Namespace, folder: str, seen_V: np.ndarray
 
     given = {"work": work, "vocab": args.vocab, "slots": args.slots, "folder": folder, "cores": parallel.cores()}
     sides = {name: Side(given | {"side": name}) for name in SIDES[work] if name in args.sides}
+    if not sides:
+        sys.exit(f"no side does {work}; those that do are {', '.join(SIDES[work])}")
     try:
         for side in sides.values():
             side.start()

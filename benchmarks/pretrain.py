@@ -15,9 +15,9 @@ bfloat16 to 0.02), or no times are shown. The sides, all in one process and taki
 
 A step's work is 6 N + 12 L d T a token (`transformer.flops_per_token`), the head at the share of positions that the
 side runs it on; the share of the ceiling is to the best rate at which the machine, by either library, multiplies large
-matrices of that dtype. PyTorch and transformers come with the extra `parity`. Memory that glibc gives back is paid for
-again in every step: MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 keeps it, for all sides; the
-JSON says what was set.
+matrices of that dtype. XLA's temporaries are new memory in every dispatch, which costs page faults: a turn is
+`--steps-per-dispatch` steps of every side, one dispatch of ours. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (large pages) or
+MALLOC_* change times from outside; the JSON says what was set. PyTorch and transformers come with the extra `bench`.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def chosen(text: str) -> Sequence[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=chosen, default=["ours", "torch", "torch-bfloat16"], help="with commas")
-    parser.add_argument("--rounds", type=side_by_side.positive, default=7, help="measured turns of each side (7)")
+    parser.add_argument("--rounds", type=side_by_side.positive, default=5, help="measured turns of each side (5)")
     parser.add_argument("--batch", type=side_by_side.positive, default=16, help="rows (16)")
     parser.add_argument("--length", type=side_by_side.positive, default=128, help="positions of a row (128)")
     parser.add_argument(
@@ -201,8 +201,9 @@ def arguments() -> argparse.Namespace:
         "--threads", type=side_by_side.positive, default=None, help="of both libraries (the process's cores)"
     )
     parser.add_argument(
-        "--steps-per-dispatch", type=side_by_side.positive, default=1, help="steps of a turn; one dispatch of ours"
-    )
+        "--steps-per-dispatch", type=side_by_side.positive, default=4,
+        help="steps of a turn; one dispatch of ours (4, as experiments.apt)",
+    )  # fmt: skip
     parser.add_argument("--matrix", type=side_by_side.positive, default=None, help="size of the ceiling's matrices")
     parser.add_argument("--tiny", action="store_true", help="small sizes, unless they are given")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
@@ -221,7 +222,7 @@ def main() -> None:
     except InputError as error:
         sys.exit(str(error))
     except ImportError as error:
-        sys.exit(f'{error}; pip install -e ".[parity]" for the comparison with PyTorch, or --sides ours')
+        sys.exit(f'{error}; pip install -e ".[bench]" for the comparison with PyTorch, or --sides ours')
     differ = ", ".join(f"{name} {value:.1g}" for name, value in list(found["losses_differ"].items())[1:])
     if differ:
         print(f"  losses of the first steps, away from {args.sides[0]}: {differ}")

@@ -27,6 +27,7 @@ from bert6_jax.errors import InputError
 
 LENGTH = 128  # of the rows while the batch grows
 SLOTS = 40 / 128  # of the positions: those of experiments.apt
+STEPS = 2  # of a dispatch
 FITS = 0.85  # of the memory that is free
 
 
@@ -34,15 +35,15 @@ def measure(cfg: TransformerConfig, share: float, batch: int, length: int, round
     """Times of one step, the head on `share` of the positions; None if its memory is more than is free."""
     slots, name = max(1, round(share * length)), f"{batch} x {length}"
     mask = masking.MaskingConfig(cfg.vocab_size, pretrain.MASK, (pretrain.PAD, pretrain.CLS, pretrain.SEP), slots)
-    data = pretrain.given(mask, rounds + 1, batch, length)
+    data = pretrain.given(mask, STEPS * (rounds + 1), batch, length)
     free = side_by_side.free_memory()
-    side = pretrain.Ours(cfg, mask, jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), cfg), data, 1)
+    side = pretrain.Ours(cfg, mask, jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), cfg), data, STEPS)
     plan = side.run.memory_analysis()
     needs = plan.argument_size_in_bytes + plan.temp_size_in_bytes  # the new state takes the place of the old one
     if needs > FITS * free:
         print(f"  {name}: needs {needs / 2**30:.1f} GiB, {free / 2**30:.1f} were free; left out, as is all beyond it")
         return None
-    seconds = side_by_side.alternate({name: side}, rounds)[name]
+    seconds = [turn / STEPS for turn in side_by_side.alternate({name: side}, rounds)[name]]
     if not np.isfinite(side.losses).all():
         sys.exit(f"losses of {name}: {side.losses}: no times")
     work = batch * length * transformer.flops_per_token(cfg, length, slots / length)
@@ -98,6 +99,8 @@ def main() -> None:
             if row is None:
                 break
             rows.append(row._replace(ceiling=best))
+        if not rows:
+            sys.exit("no size fits; give smaller ones by --rows, --lengths and --tokens")
         title = f"masked-LM step by {what}, {cfg.blocks} x {cfg.width}, V {cfg.vocab_size:,}, {args.dtype}"
         found[what] = side_by_side.report(rows, title=title, dtype=args.dtype, ceiling=limits)
     if args.json:

@@ -26,8 +26,17 @@ import jax.numpy as jnp
 from bert6_jax import parallel
 from bert6_jax.errors import InputError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
-ENVIRONMENT = ("MALLOC_", "OMP_", "KMP_", "MKL_", "GOMP_", "XLA_", "LD_PRELOAD")  # what changes times from outside
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "torchmetrics", "scikit-learn")
+ENVIRONMENT = (
+    "MALLOC_",
+    "GLIBC_",
+    "OMP_",
+    "KMP_",
+    "MKL_",
+    "GOMP_",
+    "XLA_",
+    "LD_PRELOAD",
+)  # what changes times from outside
 
 
 def device() -> str:

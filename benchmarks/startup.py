@@ -187,7 +187,7 @@ CHILDREN = {"study": start_study, "torch": start_torch, "import": start_import}
 def start(child: str, *words: str, cache: Path) -> dict:
     """Start a process: seconds from before it to each of its marks, and what else it found."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment |= {"BERT6_JAX_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    environment |= {"BERT6_JAX_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}  # as the peer
     command = [sys.executable, "-m", "benchmarks.startup", "--child", child, *words]
     root = Path(__file__).resolve().parents[1]
     zero = time.monotonic()

@@ -72,7 +72,7 @@ def count_tokens(targets: Array, predictions: Array, modes: Array, valid: Array,
         cell = ((targets == predictions).astype(jnp.int32) * C + mode) * V + target
         return table.at[jnp.where(inside, cell, 2 * C * V)].add(jnp.int32(1), mode="drop")
 
-    arrays = jnp.broadcast_arrays(targets, predictions, jnp.asarray(modes, jnp.int32), valid)
+    arrays = jnp.broadcast_arrays(targets, predictions, jnp.asarray(modes, jnp.int32), jnp.asarray(valid, bool))
     targets, predictions, modes, valid = (x.reshape(-1) for x in arrays)
     arrays = targets.astype(jnp.int32), predictions.astype(jnp.int32), modes, valid
     # Wrong and right predictions in one table, so that a position is one step of the scatter. On CPU by stretches,
@@ -326,7 +326,10 @@ def _right_and_wrong(targets, predictions, valid, vocab_size):
 def _count_on_host(targets, predictions, valid, vocab_size):
     # Right predictions need no sorting: they are counted by id, and one key an id stands for them among the others.
     # Most of NumPy releases the interpreter lock: a stretch a thread; the stable sort then only merges sorted runs.
-    flat = (np.asarray(x).reshape(-1) for x in (targets, predictions, valid))
+    arrays = [np.asarray(x) for x in (targets, predictions, valid)]
+    if len(shapes := {x.shape for x in arrays}) > 1:
+        raise ValueError(f"targets, predictions and valid are of one shape; these are {sorted(shapes)}")
+    flat = [x.reshape(-1) for x in arrays]
     stretches = zip(*(np.array_split(x, min(4, parallel.cores())) for x in flat), strict=True)
     with ThreadPoolExecutor(min(4, parallel.cores())) as pool:
         right, keys = zip(*pool.map(lambda x: _right_and_wrong(*x, vocab_size), stretches), strict=True)

@@ -82,8 +82,8 @@ def state_shardings(tree, mesh: Mesh):
 def put_batches(batches, mesh: Mesh):
     """Host arrays `[S, B, ...]` to the devices, rows (axis 1) split over `data`.
 
-    Every process passes the same global batches; each device receives its own rows. Where there is one device the
-    arrays stay on the host: the jitted step moves them.
+    Every process passes the same global batches; each device receives its own rows. To the default device alone
+    nothing is sent: the jitted step takes the host's arrays.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
     rows = next(iter(jax.tree.leaves(batches))).shape[1]
@@ -92,8 +92,9 @@ def put_batches(batches, mesh: Mesh):
             f"batch size {rows} does not divide over {mesh.shape['data']} devices; choose a multiple of that number"
         )
     if jax.process_count() == 1:
-        # To one device `jit` takes host arrays itself, some ten times sooner than `device_put` with a sharding.
-        return batches if mesh.size == 1 else jax.device_put(batches, sharding)
+        # `jit` moves host arrays itself, some ten times sooner than `device_put` with a sharding.
+        alone = mesh.size == 1 and mesh.devices.flat[0] == jax.devices()[0]
+        return batches if alone else jax.device_put(batches, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batches)
 
 

@@ -51,6 +51,13 @@ def init_heads(key: jax.Array, cfg: TransformerConfig, variant: str) -> transfor
     return jax.vmap(lambda k: module.init(k, x_1D, token_VD)["params"])(jax.random.split(key, cfg.depths))
 
 
+def _depths(cfg: TransformerConfig, depths: Sequence[int] | None) -> tuple[int, ...]:
+    names = tuple(range(cfg.depths)) if depths is None else tuple(depths)
+    if not names or not all(0 <= m <= cfg.blocks for m in names):
+        raise ValueError(f"depths {names}: give some of 0 (the embedding) to {cfg.blocks} (the last block)")
+    return names
+
+
 def slot_streams(
     params, batch, key, cfg: TransformerConfig, masking: MaskingConfig, depths: Sequence[int] | None = None
 ) -> tuple[jax.Array, Corrupted]:
@@ -58,8 +65,8 @@ def slot_streams(
 
     M are the `depths` (default: all); blocks above the deepest of them are not run.
     """
-    corrupted, _ = masked_batch(batch, key, masking)
-    last = cfg.blocks if depths is None else max(*depths, 1)
+    names, (corrupted, _) = _depths(cfg, depths), masked_batch(batch, key, masking)
+    last = max(*names, 1)
     if last < cfg.blocks:
         cfg = dataclasses.replace(cfg, blocks=last)
         params = params | {"blocks": jax.tree.map(lambda leaf: leaf[:last], params["blocks"])}
@@ -70,9 +77,9 @@ def slot_streams(
 
 
 def _sizes(rows: int, length: int, slots: int, rate: float) -> tuple[int, ...]:
-    """How many slots of a group of `rows` rows programs are compiled for: three that nearly all batches fit, and all.
+    """How many slots of a group of `rows` rows programs are compiled for: two that nearly all batches fit, and all.
 
-    A row has min(n, slots) targets, n binomial over its positions: the mean, one and three deviations above it, made
+    A row has min(n, slots) targets, n binomial over its positions: half a deviation and three above the mean, made
     multiples of 8.
     """
     if not rate < 1.0:
@@ -82,47 +89,48 @@ def _sizes(rows: int, length: int, slots: int, rate: float) -> tuple[int, ...]:
     share = [math.exp(ways + n * odds + log_rest) for n, ways in enumerate(log_ways)]
     mean = sum(p * min(n, slots) for n, p in enumerate(share))
     spread = math.sqrt(rows * sum(p * (min(n, slots) - mean) ** 2 for n, p in enumerate(share)))
-    fitting = {8 * math.ceil((rows * mean + more * spread) / 8) for more in (0.0, 1.0, 3.0)}
+    fitting = {8 * math.ceil((rows * mean + more * spread) / 8) for more in (0.5, 3.0)}
     return (*sorted(size for size in fitting if size < rows * slots), rows * slots)
 
 
 def _at_valid(run: Callable[..., Any], resid_MBKD, corrupted: Corrupted, rate: float):
-    """`run(resid_MGXD, target_GX, valid_GX, spread)` on the valid slots of a batch, packed, and few others.
+    """`run(resid_MGXD, target_GX, valid_GX)` on the valid slots of a batch, packed, and few others: what it returns.
+
+    `run` returns two trees: arrays `[..., G, X]`, which come back as `[..., B, K]` with junk at the other slots, and
+    anything whose shapes do not depend on X.
 
     Rows are packed in groups of 16 (of the greatest divisor of B and 16), so that a batch which is split over devices
     by such groups stays where it is. X is the first size that holds every group (`lax.switch`: the program has them
-    all, a batch pays for one). `spread` takes `[..., G, X]` back to `[..., B, K]` with a value for the other slots;
-    what `run` returns has the same shapes whatever X is.
+    all, a batch pays for one).
     """
     (M, B, K, D), T = resid_MBKD.shape, corrupted.ids_BT.shape[1]
     R = math.gcd(B, 16)
     G, J = B // R, R * K
     valid_GJ = corrupted.valid_BK.reshape(G, J)
     order_GJ = jnp.argsort(~valid_GJ, axis=-1, stable=True)  # valid ones first
-    rank_GJ = jnp.argsort(order_GJ, axis=-1)
+    target_GJ, valid_GJ = (
+        jnp.take_along_axis(x_BK.reshape(G, J), order_GJ, axis=-1) for x_BK in (corrupted.target_BK, corrupted.valid_BK)
+    )
+    resid_MGJD = jnp.take_along_axis(resid_MBKD.reshape(M, G, J, D), order_GJ[None, :, :, None], axis=2)
     sizes = _sizes(R, T, K, rate)
 
     def packed(X):
-        pick_GX = order_GJ[:, :X]
-
-        def pack(x_BK):
-            return jnp.take_along_axis(x_BK.reshape(G, J), pick_GX, axis=-1)
-
-        def spread(x_XGX, other):
-            widths = [(0, 0)] * (x_XGX.ndim - 1) + [(0, J - X)]
-            x_XGJ = jnp.pad(x_XGX, widths)
-            x_XGJ = jnp.take_along_axis(x_XGJ, jnp.broadcast_to(rank_GJ, x_XGJ.shape), axis=-1)
-            return jnp.where(valid_GJ, x_XGJ, jnp.asarray(other, x_XGJ.dtype)).reshape(*x_XGX.shape[:-2], B, K)
-
         def branch():
-            resid_MGXD = jnp.take_along_axis(resid_MBKD.reshape(M, G, J, D), pick_GX[None, :, :, None], axis=2)
-            return run(resid_MGXD, pack(corrupted.target_BK), pack(corrupted.valid_BK), spread)
+            by_slot, rest = run(resid_MGJD[:, :, :X], target_GJ[:, :X], valid_GJ[:, :X])
+            return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, J - X)]), by_slot), rest
 
         return branch
 
     needed = valid_GJ.sum(-1, dtype=jnp.int32).max()
-    which = sum((needed > size).astype(jnp.int32) for size in sizes[:-1]) if len(sizes) > 1 else 0
-    return jax.lax.switch(which, [packed(X) for X in sizes])
+    which = (needed > jnp.array(sizes[:-1], jnp.int32)).sum(dtype=jnp.int32)
+    by_slot, rest = jax.lax.switch(which, [packed(X) for X in sizes])
+    place_GJ = jnp.argsort(order_GJ, axis=-1)
+
+    def unpack(x_XGJ):
+        x_XGJ = jnp.take_along_axis(x_XGJ, jnp.broadcast_to(place_GJ, x_XGJ.shape), axis=-1)
+        return x_XGJ.reshape(*x_XGJ.shape[:-2], B, K)
+
+    return jax.tree.map(unpack, by_slot), rest
 
 
 def head_logits(heads_m, x_XD, params, cfg: TransformerConfig, variant: str) -> jax.Array:
@@ -145,12 +153,12 @@ def grad_fn(
     positions, `loss` and `hits` averaged over the depths, and `loss_0`, `loss_1`, ... per depth. `depths`: those of
     the bank (default: all).
     """
-    names = tuple(range(cfg.depths)) if depths is None else tuple(depths)
+    names = _depths(cfg, depths)
 
     def grads_and_sums(heads, batch, key, trunk):
         resid_MBKD, corrupted = slot_streams(trunk, batch, key, cfg, masking, depths)
 
-        def bank(resid_MGXD, target_GX, valid_GX, spread):
+        def bank(resid_MGXD, target_GX, valid_GX):
             def loss(logits_GXV):
                 sums = token_sums(logits_GXV, target_GX, valid_GX)
                 return sums["loss"], sums
@@ -171,10 +179,10 @@ def grad_fn(
                 x_MXD = resid_MGXD.reshape(M, X, cfg.width)
                 ones_MX = jnp.ones(x_MXD.shape[:2], jnp.float32)
                 kernel_MDV = jnp.einsum("mxd,mxv->mdv", x_MXD, grad_MXV)
-                return {"kernel": kernel_MDV, "bias": jnp.einsum("mx,mxv->mv", ones_MX, grad_MXV)}, sums_M
-            return jax.lax.map(whole, (heads, resid_MGXD))
+                return (), ({"kernel": kernel_MDV, "bias": jnp.einsum("mx,mxv->mv", ones_MX, grad_MXV)}, sums_M)
+            return (), jax.lax.map(whole, (heads, resid_MGXD))
 
-        grads, sums_M = _at_valid(bank, resid_MBKD, corrupted, masking.rate)
+        _, (grads, sums_M) = _at_valid(bank, resid_MBKD, corrupted, masking.rate)
         # `make_step` divides the gradients by `count`: each head's own loss is a mean over the same positions
         sums: Sums = {"loss": sums_M["loss"].mean(), "hits": sums_M["hits"].mean(), "count": sums_M["count"][0]}
         return grads, sums | {f"loss_{m}": sums_M["loss"][i] for i, m in enumerate(names)}
@@ -213,13 +221,13 @@ def predict(
     if own:
         corrupted, _ = masked_batch(batch, key, masking)
         out_BTD, acts = transformer.forward(trunk, corrupted.ids_BT, cfg, **forward_inputs(batch))
-        names = [] if variant is None else range(cfg.depths) if depths is None else depths
+        names = () if variant is None else _depths(cfg, depths)
         read_RBTD = jnp.stack([*(acts["resid"][m] for m in names), out_BTD])  # R readouts: M + 1
         read_RBKD = jnp.take_along_axis(read_RBTD, corrupted.slot_BK[None, :, :, None], axis=2)
     else:
         read_RBKD, corrupted = slot_streams(trunk, batch, key, cfg, masking, depths)
 
-    def bank(read_RGXD, target_GX, valid_GX, spread):
+    def bank(read_RGXD, target_GX, valid_GX):
         parts = []
         if variant is not None:
             read_MGXD = read_RGXD[:-1] if own else read_RGXD
@@ -231,8 +239,8 @@ def predict(
         if own:
             answer = _answer(transformer.head(trunk, read_RGXD[-1], cfg), target_GX)
             parts.append(jax.tree.map(lambda x_GX: x_GX[None], answer))
-        id_RGX, nll_RGX = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-        return spread(id_RGX, -1), spread(nll_RGX, 0.0).sum(-1)
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts), ()
 
-    id_RBK, nll_RB = _at_valid(bank, read_RBKD, corrupted, masking.rate)
-    return id_RBK, nll_RB, corrupted
+    (id_RBK, nll_RBK), _ = _at_valid(bank, read_RBKD, corrupted, masking.rate)
+    valid_BK = corrupted.valid_BK
+    return jnp.where(valid_BK, id_RBK, -1), jnp.where(valid_BK, nll_RBK, 0.0).sum(-1), corrupted

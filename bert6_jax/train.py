@@ -108,8 +108,16 @@ def learning_rates(cfg: OptimizerConfig, steps: int) -> jax.Array:
     return jax.vmap(lambda step: learning_rate(cfg, step, steps, steps))(jnp.arange(steps))
 
 
-# The same for every b1, b2 and eps. One program a tree, where eager zeros are one a shape.
-_zero_moments = jax.jit(optax.scale_by_adam().init)
+_zero_moments = jax.jit(optax.scale_by_adam().init)  # the same for every b1, b2 and eps
+
+
+def _init_moments(params):
+    """Adam's zeros. One program a tree, where eager zeros are one a shape; those lie where the parameters do, though,
+    which matters away from the default device."""
+    here = {jax.devices()[0]}
+    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    eager = any(isinstance(leaf, jax.core.Tracer) or leaf.devices() != here for leaf in arrays)
+    return optax.scale_by_adam().init(params) if eager else _zero_moments(params)
 
 
 class ScheduleState(NamedTuple):
@@ -130,7 +138,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, steps_per_epoch: int) -> op
 
     adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
     return optax.chain(
-        optax.GradientTransformation(_zero_moments, adam.update),
+        optax.GradientTransformation(_init_moments, adam.update),
         optax.add_decayed_weights(cfg.weight_decay),
         optax.GradientTransformation(init_schedule, apply_schedule),
     )

@@ -15,6 +15,7 @@ one to one onto TransformerLens hooks (`HOOK_NAMES`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -73,7 +74,10 @@ def _gradient_whole(primals, tangents):
 
 def product(x_XK, kernel, transposed: bool = False) -> jax.Array:
     """`x @ kernel` with float32 sums, `[..., F]` float32, of two arrays of one dtype; a kernel is `[K, F]`, or
-    transposed `[F, K]`."""
+    transposed `[F, K]`.
+
+    Of bfloat16 on CPUs there are reverse-mode derivatives only, and what is differentiated is rounded to bfloat16.
+    """
     if x_XK.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return _bfloat16_product(x_XK, kernel, transposed)
     return jnp.matmul(x_XK, kernel.T if transposed else kernel, preferred_element_type=jnp.float32)
@@ -91,8 +95,8 @@ def _dot(x_XK, kernel_KF, dims, precision=None):
 # product leads to two such forms. The barriers keep what is written here.
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _bfloat16_product(x_XK, kernel, transposed):
-    y_XF = _sums(x_XK.reshape(-1, x_XK.shape[-1]), kernel, transposed)
-    return y_XF.reshape(*x_XK.shape[:-1], -1)
+    y_PF = _sums(_rows(x_XK), kernel, transposed)
+    return y_PF.reshape(*x_XK.shape[:-1], y_PF.shape[-1])
 
 
 def _bfloat16_product_forward(x_XK, kernel, transposed):
@@ -101,14 +105,17 @@ def _bfloat16_product_forward(x_XK, kernel, transposed):
 
 def _bfloat16_product_backward(transposed, operands, dy_XF):
     x_XK, kernel = operands
-    dy_PF = dy_XF.reshape(-1, dy_XF.shape[-1]).astype(jnp.bfloat16)
-    x_PK = x_XK.reshape(-1, x_XK.shape[-1])
+    dy_PF, x_PK = _rows(dy_XF).astype(jnp.bfloat16), _rows(x_XK)
     dx_XK = _sums(dy_PF, kernel, not transposed).reshape(x_XK.shape)
     dkernel = _sums(_columns(dy_PF), x_PK) if transposed else _sums(_columns(x_PK), dy_PF)
     return dx_XK.astype(jnp.bfloat16), dkernel.astype(jnp.bfloat16)
 
 
 _bfloat16_product.defvjp(_bfloat16_product_forward, _bfloat16_product_backward)
+
+
+def _rows(x_XK):
+    return x_XK.reshape(math.prod(x_XK.shape[:-1]), x_XK.shape[-1])
 
 
 def _sums(a, b, transposed=False):

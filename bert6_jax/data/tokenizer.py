@@ -86,6 +86,7 @@ class CorpusEncoder:
         spec = json.loads(tokenizer._rust.to_str())
         kinds = [(spec[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
         ours = all(token["special"] for token in spec["added_tokens"])  # which text never has, see the module
+        ours = ours and tokenizer._rust.token_to_id("\n") is None
         self._by_words = kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and ours
         self._rust = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._rust.encode_special_tokens = True
@@ -125,7 +126,11 @@ class CorpusEncoder:
             return
         group = max(1, min(_GROUP, _PIECE // (max(map(len, new)) + 1)))
         lines = ["\n".join(new[i : i + group]) + "\n" for i in range(0, len(new), group)]
-        encodings = self._rust.encode_batch_fast(lines, add_special_tokens=False)
+        try:
+            encodings = self._rust.encode_batch_fast(lines, add_special_tokens=False)
+        except BaseException:  # text that is not UTF-8, say: numbers without ids must not stay
+            self._forget()
+            raise
         ids = np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
         end_U = np.flatnonzero(ids == self._end)
         size_U = np.diff(end_U, prepend=-1) - 1

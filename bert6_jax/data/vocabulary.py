@@ -33,7 +33,7 @@ def trained_wordpiece(
       InputError: as `train_wordpiece`.
     """
     path = _path(texts, vocab_size, lowercase, default_cache_dir() if cache_dir is None else Path(cache_dir))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # an InputError is a ValueError
         kept = json.loads(path.read_text(encoding="utf-8"))
         tokenizer = wordpiece(kept["tokens"], lowercase, source="trained vocabulary")
         if tokenizer.sha256 == kept["sha256"]:

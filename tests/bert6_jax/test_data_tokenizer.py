@@ -302,3 +302,19 @@ def test_a_corpus_of_wikipedia_is_encoded_as_its_texts_are(shared_data):
     texts = [document.text for document in open_source(shared_data / "wikipedia" / "part-06.jsonl.gz").documents()]
     tokenizer = load_tokenizer(shared_data / "bert_vocab")
     assert_encodes(tokenizer, [texts[:300], texts[300:600]])
+
+
+def test_a_line_end_that_is_a_token_already(tmp_path):
+    spec = json.loads(wordpiece(TOKENS)._rust.to_str())
+    token = {"id": len(TOKENS), "content": "\n", "single_word": False, "lstrip": False, "rstrip": False}
+    spec["added_tokens"].append(token | {"normalized": False, "special": True})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    assert_encodes(load_tokenizer(tmp_path), [["ab a\nb a", "\n"]])
+
+
+def test_a_corpus_encoder_after_text_that_is_none():
+    tokenizer = wordpiece(TOKENS)
+    encode = CorpusEncoder(tokenizer)
+    with pytest.raises(TypeError):
+        encode(["a \ud800 b"])
+    assert encode(["ab zz a"])[0].tolist() == tokenizer.encode_batch(["ab zz a"])[0].tolist()

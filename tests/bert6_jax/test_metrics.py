@@ -677,3 +677,16 @@ def test_attention_mass_equals_a_loop_and_adds_over_batches():
     everyone = metrics.attention_mass(pattern, query % T, np.zeros((B, T), np.int32), 1)
     np.testing.assert_allclose(everyone.mass_LNG, 2.0 * B, rtol=1e-5)
     assert np.isnan(metrics.attention_mass(pattern, query, group, groups).mass_LNG).any()  # 99 is no position
+
+
+@pytest.mark.parametrize("shapes", [((6, 8), (6, 8), (5, 8)), ((6, 8), (8, 6), (6, 8)), ((48,), (48,), (40,))])
+def test_a_confusion_of_arrays_that_do_not_fit_is_refused(shapes):
+    targets, predictions, valid = (np.ones(shape, kind) for shape, kind in zip(shapes, (int, int, bool), strict=True))
+    with pytest.raises(ValueError, match="of one shape"):
+        metrics.count_confusion(targets, predictions, valid, 9)
+
+
+def test_any_valid_that_is_not_zero_counts():
+    ids = np.array([1, 2, 2])
+    counts = metrics.count_tokens(ids, ids, np.zeros(3, int), np.array([2, 0, 3]), 4)
+    np.testing.assert_array_equal(counts.hits_CV[0], [0, 1, 1, 0])

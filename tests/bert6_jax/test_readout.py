@@ -148,14 +148,14 @@ def test_what_is_packed_comes_back_to_its_slot(used):
     resid_MBKD = jnp.stack([number_BK, 1_000 + number_BK]).astype(jnp.float32)[..., None]
     width = []
 
-    def run(resid_MGXD, target_GX, valid_GX, spread):
+    def run(resid_MGXD, target_GX, valid_GX):
         width.append(target_GX.shape[1])
         number_GX = target_GX.astype(jnp.float32)
         right = (resid_MGXD[0, ..., 0] == number_GX) & (resid_MGXD[1, ..., 0] == 1_000.0 + number_GX)
-        return spread(target_GX, -1), valid_GX.sum(), right.all(), jnp.int32(target_GX.shape[1])
+        return target_GX, (valid_GX.sum(), right.all(), jnp.int32(target_GX.shape[1]))
 
-    back_BK, count, right, taken = readout._at_valid(run, resid_MBKD, corrupted, 0.05)
-    np.testing.assert_array_equal(back_BK, np.where(valid_BK, number_BK, -1))
+    back_BK, (count, right, taken) = readout._at_valid(run, resid_MBKD, corrupted, 0.05)
+    np.testing.assert_array_equal(np.where(valid_BK, back_BK, -1), np.where(valid_BK, number_BK, -1))
     assert int(count) == valid.sum() and bool(right) and sorted(width) == list(sizes)
     assert int(taken) == {"none": sizes[0], "first size": sizes[0], "one more": sizes[1]}.get(used, 64)
 
@@ -166,7 +166,8 @@ def test_the_sizes_fit_nearly_all_batches_and_no_more():
         sizes = readout._sizes(rows, length, slots, rate)
         assert list(sizes) == sorted(set(sizes)) and sizes[-1] == rows * slots
         count = np.minimum(rng.binomial(length, rate, (4_000, rows)), slots).sum(1)
-        assert (count <= sizes[-2]).mean() > 0.95 and 0.4 < (count <= sizes[0]).mean() < 0.95
+        assert 0.5 < (count <= sizes[0]).mean() < 0.97
+        assert len(sizes) == 2 or (count <= sizes[1]).mean() > 0.99
         assert sizes[-2] < 1.3 * count.mean() + 8
     assert readout._sizes(3, 10, 10, 1.0) == (30,)
 
@@ -210,3 +211,9 @@ def test_four_devices_train_the_same_heads(trunk):
 def test_an_unknown_variant_is_refused():
     with pytest.raises(InputError, match="readout variant"):
         readout.head_config(CFG, "tuned_lens")
+
+
+@pytest.mark.parametrize("depths", [(), (-1,), (0, 99)])
+def test_depths_that_are_not_there_are_refused(depths):
+    with pytest.raises(ValueError, match="the last block"):
+        readout.slot_streams({}, {}, jax.random.key(0), transformer.TransformerConfig(9, blocks=2), None, depths)

@@ -229,7 +229,7 @@ def test_gradients_held_back_are_the_gradients():
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("lead, K, F", [((1,), 1, 1), ((3,), 5, 1), ((2, 7), 8, 3), ((4, 16), 64, 48)])
+@pytest.mark.parametrize("lead, K, F", [((0, 8), 4, 3), ((1,), 1, 1), ((3,), 5, 1), ((2, 7), 8, 3), ((4, 16), 64, 48)])
 def test_bfloat16_products_and_their_gradients(lead, K, F, transposed, batched):
     """Against NumPy in float64: sums are float32, what is differentiated is rounded to bfloat16 once."""
     rng = np.random.default_rng(1)

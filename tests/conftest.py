@@ -23,6 +23,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs stay mapped, dozens of maps each; Linux gives a process 65,530, and XLA crashes beyond."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
